@@ -1,0 +1,42 @@
+"""Bounded key/value caches for mlx-lm: TOVA and its relatives.
+
+Names are imported on first use, so that `tova-mlx --help` does not load MLX.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .cache import PolicyKVCache, TOVACache
+    from .convert import make_prompt_cache
+    from .errors import TovaError
+    from .policies import POLICIES
+    from .report import Report, describe
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "POLICIES",
+    "PolicyKVCache",
+    "Report",
+    "TOVACache",
+    "TovaError",
+    "describe",
+    "make_prompt_cache",
+]
+
+_HOMES = {
+    "POLICIES": "policies",
+    "PolicyKVCache": "cache",
+    "Report": "report",
+    "TOVACache": "cache",
+    "TovaError": "errors",
+    "describe": "report",
+    "make_prompt_cache": "convert",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

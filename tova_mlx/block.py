@@ -1,0 +1,161 @@
+"""Attention of a block of new rows, with evictions between the rows.
+
+One matmul for the logits, the scan for who was alive, one masked attention for the
+outputs. Long chunks are cut into blocks and the dead columns dropped between them, so
+that logits stay small and attention costs rows x (max_size + block).
+"""
+
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from .eviction import scan
+from .policies import Rule
+
+BLOCK = 256
+
+
+class BlockResult(NamedTuple):
+    """output [B, n_heads, L, head_dim]; survivors int32 and scores [B, H', kept]."""
+
+    output: mx.array
+    survivors: np.ndarray[Any, Any]
+    scores: np.ndarray[Any, Any]
+
+
+def gather(array: mx.array, columns: Any) -> mx.array:
+    """Take columns [B, H', m] of an array [B, H, S(, D)]; H' is 1 or H."""
+    if columns.shape[0] == columns.shape[1] == 1:
+        return mx.take(array, mx.array(columns).reshape(-1), axis=2)
+    columns = mx.array(columns)
+    index = columns.reshape(*columns.shape, *[1] * (array.ndim - 3))
+    shape = (*array.shape[:2], columns.shape[2], *array.shape[3:])
+    return mx.take_along_axis(array, mx.broadcast_to(index, shape), axis=2)
+
+
+def attend_block(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    *,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None,
+    positions: np.ndarray[Any, Any],
+    scores: np.ndarray[Any, Any] | None,
+    norms: np.ndarray[Any, Any] | None,
+    rule: Rule,
+    cut_once: bool,
+) -> BlockResult:
+    """Outputs and survivors of L rows over the columns held plus their own.
+
+    queries: [B, n_heads, L, D]; keys, values: [B, n_kv_heads, N, D], N = held + L, in
+    order of position; positions: int32 [B, H', N]; scores: float32 [B, H', held];
+    norms: float32 [B, n_kv_heads, N]. "causal" is what a row may look at if the mask
+    is no array.
+    """
+    batch, n_heads, length, _ = queries.shape
+    n_columns = keys.shape[2]
+    choosers = positions.shape[1]
+    held = n_columns - length
+    living = np.broadcast_to(np.arange(held, dtype=np.int32), (batch, choosers, held))
+    living_scores = np.zeros((batch, choosers, held), np.float32)
+    if scores is not None:
+        living_scores = scores
+    learned = None if sinks is None else np.array(sinks.astype(mx.float32))
+    outputs = []
+    for start in range(0, length, BLOCK):
+        stop = min(start + BLOCK, length)
+        own = np.arange(held + start, held + stop, dtype=np.int32)
+        own = np.broadcast_to(own, (batch, choosers, stop - start))
+        columns = np.concatenate([living, own], axis=2)
+        m = columns.shape[2]
+        is_all = m == held + stop
+        block_keys = keys[:, :, :m] if is_all else gather(keys, columns)
+        block_values = values[:, :, :m] if is_all else gather(values, columns)
+        rows = queries[:, :, start:stop]
+        block_mask = _block_mask(mask, start, stop, columns, n_heads, is_all)
+        logits = _logits(rows, block_keys, scale, block_mask)
+        flat = (batch * choosers, m)
+        result = scan(
+            np.array(logits, copy=False),
+            np.take_along_axis(positions, columns, axis=2).reshape(flat),
+            np.pad(living_scores, [(0, 0), (0, 0), (0, stop - start)]).reshape(flat),
+            None if norms is None else _take(norms, columns),
+            rule,
+            limit=None if cut_once and stop < length else rule.max_size,
+            cut_once=cut_once,
+            sinks=learned,
+        )
+        kept = result.survivors.reshape(batch, choosers, -1)
+        living = np.take_along_axis(columns, kept, axis=2)
+        living_scores = result.scores.reshape(kept.shape)
+        alive = mx.array(result.alive.reshape(batch, choosers, stop - start, m))
+        alive = mx.repeat(alive, n_heads // choosers, axis=1) if choosers > 1 else alive
+        alive = _merge(alive, block_mask, queries.dtype)
+        outputs.append(
+            mx.fast.scaled_dot_product_attention(
+                rows, block_keys, block_values, scale=scale, mask=alive, sinks=sinks
+            )
+        )
+    output = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
+    return BlockResult(output, living, living_scores)
+
+
+def _causal(length: int, columns: int) -> mx.array:
+    return mx.arange(columns - length, columns)[:, None] >= mx.arange(columns)
+
+
+def _logits(
+    queries: mx.array, keys: mx.array, scale: float, mask: mx.array | None
+) -> mx.array:
+    """float32 [B, n_heads, L, m], -inf where a row may not look."""
+    batch, n_heads, length, head_dim = queries.shape
+    n_kv_heads, m = keys.shape[1:3]
+    grouped = (batch, n_kv_heads, n_heads // n_kv_heads * length, head_dim)
+    scaled = queries.astype(mx.float32).reshape(grouped) * scale
+    logits = scaled @ keys.astype(mx.float32).swapaxes(2, 3)
+    logits = logits.reshape(batch, n_heads, length, m)
+    if mask is not None:
+        if mask.dtype == mx.bool_:
+            logits = mx.where(mask, logits, -mx.inf)
+        else:
+            logits = logits + mask.astype(mx.float32)
+    return mx.where(_causal(length, m), logits, -mx.inf)
+
+
+def _block_mask(
+    mask: mx.array | str | None,
+    start: int,
+    stop: int,
+    columns: np.ndarray[Any, Any],
+    n_heads: int,
+    is_all: bool,
+) -> mx.array | None:
+    """The model's mask [B, n_heads, L, N], cut to a block's rows and columns."""
+    if not isinstance(mask, mx.array):
+        return None
+    m = columns.shape[2]
+    mask = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)[:, :, start:stop]
+    if is_all:
+        return mask[..., :m]
+    batch, choosers = columns.shape[:2]
+    index = mx.array(np.repeat(columns, n_heads // choosers, axis=1))[:, :, None]
+    length, n_columns = mask.shape[2:]
+    mask = mx.broadcast_to(mask, (batch, n_heads, length, n_columns))
+    index = mx.broadcast_to(index, (batch, n_heads, length, m))
+    return mx.take_along_axis(mask, index, axis=3)
+
+
+def _merge(alive: mx.array, mask: mx.array | None, dtype: mx.Dtype) -> mx.array:
+    if mask is None:
+        return alive
+    if mask.dtype == mx.bool_:
+        return alive & mask
+    return mx.where(alive, mask.astype(dtype), mx.array(-mx.inf, dtype))
+
+
+def _take(norms: np.ndarray[Any, Any], columns: np.ndarray[Any, Any]) -> Any:
+    shape = (*norms.shape[:2], columns.shape[2])
+    return np.take_along_axis(norms, np.broadcast_to(columns, shape), axis=2)

@@ -1,0 +1,28 @@
+"""Every exception raised on purpose.
+
+A message says who, what was given, why it cannot work and what to do, in one line.
+"""
+
+
+class TovaError(Exception):
+    """Base class; the command line prints it as one line and exits with 1."""
+
+
+class OptionError(TovaError, ValueError):
+    """An option has a value that cannot work, or that the policy does not read."""
+
+
+class UnsupportedModelError(TovaError):
+    """A model does something that the chosen policy cannot be right with."""
+
+
+class ModelLoadError(TovaError):
+    """A model directory or hub id that cannot be loaded."""
+
+
+class PromptError(TovaError, ValueError):
+    """A prompt that cannot be read or has no tokens."""
+
+
+class CacheStateError(TovaError):
+    """A cache was asked for something that its state does not allow."""

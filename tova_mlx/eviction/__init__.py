@@ -1,0 +1,6 @@
+"""Who leaves: one step at a time (decode) and replayed over a block (prefill)."""
+
+from .scan import ScanResult, scan
+from .step import choose_victim, update_scores
+
+__all__ = ["ScanResult", "choose_victim", "scan", "update_scores"]

@@ -1,0 +1,147 @@
+"""What each layer holds: one row per layer, and the totals."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import cache as mlx_lm_cache
+
+from .cache import PolicyKVCache
+
+
+@dataclass(frozen=True)
+class Row:
+    """A layer. Tokens and bytes; `bytes_at_most` None: without limit or not known."""
+
+    layer: int
+    kind: str
+    policy: str | None
+    tokens_held: int
+    tokens_seen: int
+    bytes_now: int
+    bytes_at_most: int | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The rows of `describe`; `str()` is a table, `to_dict()` is JSON-ready."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def totals(self) -> dict[str, int | None]:
+        """Most tokens held and seen in a layer; bytes of all layers."""
+        most = [r.bytes_at_most for r in self.rows]
+        bounds = [m for m in most if m is not None]
+        return {
+            "layers": len(self.rows),
+            "tokens_held": max((r.tokens_held for r in self.rows), default=0),
+            "tokens_seen": max((r.tokens_seen for r in self.rows), default=0),
+            "bytes_now": sum(r.bytes_now for r in self.rows),
+            "bytes_at_most": sum(bounds) if len(bounds) == len(most) else None,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"layers": [asdict(r) for r in self.rows], "totals": self.totals}
+
+    def __str__(self) -> str:
+        header = ("layer", "kind", "policy", "held", "seen", "bytes now", "at most")
+        lines = [header]
+        for r in self.rows:
+            lines.append(
+                (
+                    str(r.layer),
+                    r.kind,
+                    r.policy or "–",
+                    str(r.tokens_held),
+                    str(r.tokens_seen),
+                    f"{r.bytes_now:,}",
+                    _bytes(r.bytes_at_most),
+                )
+            )
+        t = self.totals
+        lines.append(
+            (
+                "all",
+                "",
+                "",
+                str(t["tokens_held"]),
+                str(t["tokens_seen"]),
+                _bytes(t["bytes_now"]),
+                _bytes(t["bytes_at_most"]),
+            )
+        )
+        widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(w) if i in (1, 2) else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        )
+
+
+def describe(cache_or_model: Any) -> Report:
+    """What each layer holds, and the bytes that it can reach.
+
+    A list of caches is described as it is; bounds are known once it was used. A model
+    is described by the caches that it makes itself, after one token that is traced
+    and not computed.
+    """
+    if isinstance(cache_or_model, nn.Module):
+        caches = mlx_lm_cache.make_prompt_cache(cache_or_model)
+        bounds = [_bound(c) for c in trace(cache_or_model, caches)]
+        caches = mlx_lm_cache.make_prompt_cache(cache_or_model)
+    else:
+        caches = list(cache_or_model)
+        bounds = [_bound(c) for c in caches]
+    return Report(
+        tuple(_row(i, c, b) for i, (c, b) in enumerate(zip(caches, bounds, strict=True)))
+    )
+
+
+def trace(model: nn.Module, caches: list[Any]) -> list[Any]:
+    """Give empty caches their shapes: one token's graph is built, not evaluated."""
+    model(mx.zeros((1, 1), mx.int32), cache=caches)
+    return caches
+
+
+def bytes_per_token(caches: list[Any]) -> int:
+    """Bytes that a token takes in unbounded caches of these shapes, all layers."""
+    total = 0
+    for c in caches:
+        keys, values = getattr(c, "keys", None), getattr(c, "values", None)
+        if isinstance(keys, mx.array) and isinstance(values, mx.array):
+            slots = keys.shape[2]
+            total += (keys.nbytes + values.nbytes) // slots
+    return total
+
+
+def _row(layer: int, cache: Any, bound: int | None) -> Row:
+    ours = isinstance(cache, PolicyKVCache)
+    return Row(
+        layer=layer,
+        kind=type(cache).__name__,
+        policy=cache.rule.policy if ours else None,
+        tokens_held=int(cache.size()) if hasattr(cache, "size") else 0,
+        tokens_seen=int(getattr(cache, "offset", 0)),
+        bytes_now=0 if cache.empty() else int(cache.nbytes),
+        bytes_at_most=bound,
+    )
+
+
+def _bound(cache: Any) -> int | None:
+    if cache.empty():
+        return None
+    if isinstance(cache, PolicyKVCache):
+        return cache.max_nbytes
+    if isinstance(cache, mlx_lm_cache.RotatingKVCache):
+        return int(cache.nbytes) // cache.keys.shape[2] * cache.max_size
+    if isinstance(cache, mlx_lm_cache.ArraysCache):
+        return int(cache.nbytes)
+    return None
+
+
+def _bytes(n: int | None) -> str:
+    return "no limit" if n is None else f"{n:,}"
