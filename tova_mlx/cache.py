@@ -185,7 +185,9 @@ class PolicyKVCache:
             self._awaits = sys._getframe(1).f_globals.get("__name__", "the model")
         fits = limit is None or self.offset + length <= limit
         # A memory must see every query, so even a chunk that fits is scanned.
-        if length == 1 or (fits and not (self.rule.memory and self.rule.reads_attention)):
+        if length == 1 or (
+            fits and not (self.rule.memory and self.rule.reads_attention)
+        ):
             return self._append(keys, values)
         return self._open_block(keys, values)
 
@@ -289,9 +291,7 @@ class PolicyKVCache:
 
     # One token, or rows that evict nothing
 
-    def _append(
-        self, keys: mx.array, values: mx.array
-    ) -> tuple[mx.array, mx.array]:
+    def _append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         start, length = self.size(), keys.shape[2]
         n = start + length
         if self._victim is None:
@@ -491,7 +491,9 @@ class PolicyKVCache:
             return
         spare = self._slots(n) - held
 
-        def grow(array: mx.array | None, shape: tuple[int, ...], dtype: Any) -> mx.array:
+        def grow(
+            array: mx.array | None, shape: tuple[int, ...], dtype: Any
+        ) -> mx.array:
             new = mx.zeros(shape, dtype)
             return new if array is None else mx.concatenate([array, new], axis=2)
 

@@ -97,7 +97,9 @@ def describe(cache_or_model: Any) -> Report:
         caches = list(cache_or_model)
         bounds = [_bound(c) for c in caches]
     return Report(
-        tuple(_row(i, c, b) for i, (c, b) in enumerate(zip(caches, bounds, strict=True)))
+        tuple(
+            _row(i, c, b) for i, (c, b) in enumerate(zip(caches, bounds, strict=True))
+        )
     )
 
 

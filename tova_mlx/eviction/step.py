@@ -49,7 +49,8 @@ def choose_victim(
     if scores is not None:
         if candidates is not None:
             scores = mx.where(candidates, scores, mx.inf)
-        lowest = scores <= scores.min(axis=-1, keepdims=True)
+        # Not "<=": scores that are not numbers must leave all candidates standing.
+        lowest = ~(scores > scores.min(axis=-1, keepdims=True))
         candidates = lowest if candidates is None else candidates & lowest
     if candidates is not None:
         positions = mx.where(candidates, positions, _NEVER)

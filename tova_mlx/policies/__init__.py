@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import OptionError
-from .base import Granularity, Policy, Rule
+from .base import ATTENTION_OPTIONS, Granularity, Policy, Rule
 from .fade import FADE
 from .full import FULL
 from .h2o import H2O
@@ -30,4 +30,4 @@ def settle(policy: str, max_size: int | None, options: Mapping[str, Any]) -> Rul
     return POLICIES[policy].settle(max_size, options)
 
 
-__all__ = ["POLICIES", "Granularity", "Policy", "Rule", "settle"]
+__all__ = ["ATTENTION_OPTIONS", "POLICIES", "Granularity", "Policy", "Rule", "settle"]

@@ -96,7 +96,8 @@ class Policy:
             value_weighted=options.get("value_weighted", self.value_weighted),
             n_sinks=self._count("n_sinks", options.get("n_sinks", self.n_sinks)),
             n_recent=self._count(
-                "n_recent", options.get("n_recent", int(self.recent_share * (size or 0)))
+                "n_recent",
+                options.get("n_recent", int(self.recent_share * (size or 0))),
             ),
         )
         self._check(rule)

@@ -1,0 +1,127 @@
+"""Perplexity of every policy on two novels, real weights.
+
+    python scripts/quality.py TEXT [TEXT …] --out results/quality.jsonl
+
+Each text's first `--tokens` tokens are read with exact (stepwise) prefill; the texts
+are rows of one batch. `value` is the perplexity of the tokens past `max_kv_size`,
+`stderr` its standard error (tokens taken as independent), `ratio_to_full` the same
+tokens' perplexity over that of `full`, with the standard error of the paired
+difference. Rows already in `--out` are not run again. The last line is JSON.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from tova_mlx.blas import load_openblas
+
+load_openblas()
+
+import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
+import numpy as np  # noqa: E402
+from mlx_lm import load  # noqa: E402
+
+from tova_mlx import POLICIES, make_prompt_cache  # noqa: E402
+from tova_mlx.demo import demo_model_path  # noqa: E402
+
+STEP = 512
+
+
+def losses(model, tokens: mx.array, max_kv_size: int, policy: str) -> np.ndarray:
+    """Negative log-likelihoods [B, n - 1] of tokens [B, n], given those before."""
+    cache = make_prompt_cache(model, max_kv_size, policy=policy)
+    parts = []
+    for start in range(0, tokens.shape[1] - 1, STEP):
+        stop = min(start + STEP, tokens.shape[1] - 1)
+        logits = model(tokens[:, start:stop], cache=cache)
+        loss = nn.losses.cross_entropy(logits, tokens[:, start + 1 : stop + 1])
+        mx.eval(loss, [c.state for c in cache])
+        parts.append(np.array(loss))
+        mx.clear_cache()
+    return np.concatenate(parts, axis=1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("texts", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=4097)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 256, 128])
+    order = ["tova", "fade", "streaming", "h2o", "vatp", "window"]
+    parser.add_argument("--policies", nargs="+", default=order, choices=POLICIES)
+    args = parser.parse_args()
+    done = set()
+    if args.out.exists():
+        rows = [json.loads(line) for line in args.out.read_text().splitlines()]
+        done = {(r["policy"], r["max_kv_size"], r["text"]) for r in rows}
+    model, tokenizer = load(str(demo_model_path()))
+    model.set_dtype(mx.float32)
+    ids = [tokenizer.encode(t.read_text(encoding="utf-8")[:40_000]) for t in args.texts]
+    tokens = mx.array([i[: args.tokens] for i in ids])
+    full = losses(model, tokens, 1, "full")
+    common = {
+        "task": "perplexity",
+        "unit": "perplexity",
+        "model": demo_model_path().name,
+        "dtype": "float32",
+        "tokens": args.tokens - 1,
+        "prefill_step_size": STEP,
+        "seed": None,
+        "versions": {p: version(p) for p in ("tova_mlx", "mlx", "mlx-lm")},
+        "device": f"{mx.default_device()} {platform.machine()} {platform.system()}",
+        "command": " ".join(
+            ["python", "scripts/quality.py", *map(_name, sys.argv[1:])]
+        ),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    for size in args.sizes:
+        for policy in ["full", *args.policies]:
+            names = [t.stem for t in args.texts]
+            if all((policy, size, name) in done for name in names):
+                continue
+            got = full if policy == "full" else losses(model, tokens, size, policy)
+            for name, nll, base in zip(names, got, full, strict=True):
+                past, base = nll[size:], base[size:]
+                value = float(np.exp(past.mean()))
+                n = len(past)
+                difference = past - base
+                row = {
+                    **common,
+                    "text": name,
+                    "policy": policy,
+                    "max_kv_size": size,
+                    "value": value,
+                    "n": n,
+                    "stderr": value * float(past.std(ddof=1)) / n**0.5,
+                    "ratio_to_full": float(np.exp(difference.mean())),
+                    "ratio_stderr": float(
+                        np.exp(difference.mean()) * difference.std(ddof=1) / n**0.5
+                    ),
+                }
+                with args.out.open("a") as out:
+                    out.write(json.dumps(row) + "\n")
+                print(
+                    f"{name:12} {size:4} {policy:10} {value:8.3f} "
+                    f"{row['ratio_to_full']:.4f}",
+                    flush=True,
+                )
+    print(
+        json.dumps(
+            {"out": str(args.out), "rows": len(args.out.read_text().splitlines())}
+        )
+    )
+
+
+def _name(argument: str) -> str:
+    return (
+        Path(argument).name if Path(argument).exists() and "/" in argument else argument
+    )
+
+
+if __name__ == "__main__":
+    main()

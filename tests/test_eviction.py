@@ -1,0 +1,120 @@
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from tova_mlx.eviction import choose_victim, scan, update_scores
+from tova_mlx.policies import settle
+
+
+def victim(positions, scores, newest, rule):
+    scores = None if scores is None else mx.array([[scores]], mx.float32)
+    return choose_victim(mx.array([[positions]], mx.int32), scores, newest, rule).item()
+
+
+def test_hand_worked_step():
+    # Two heads, four slots. Means .35 .05 .25 .35: slot 1 leaves.
+    weights = mx.array([[[[0.4, 0.0, 0.3, 0.3], [0.3, 0.1, 0.2, 0.4]]]])
+    rule = settle("tova", 3, {})
+    scores = update_scores(weights, None, None, rule)
+    assert np.allclose(np.array(scores), [[[0.35, 0.05, 0.25, 0.35]]])
+    positions = mx.arange(4).reshape(1, 1, 4)
+    assert choose_victim(positions, scores, 3, rule).item() == 1
+
+
+def test_hand_worked_memory_and_norms():
+    # 0.9 * 1 + (.2 * 3 + .4 * 3) / 2 = 1.8 and 0.9 * 0 + (.8 + .6) / 2 = 0.7.
+    weights = mx.array([[[[0.2, 0.8], [0.4, 0.6]]]])
+    scores = update_scores(
+        weights,
+        mx.array([[[3.0, 1.0]]]),
+        mx.array([[[1.0, 0.0]]]),
+        settle("fade", 8, {}),
+    )
+    assert np.allclose(np.array(scores), [[[1.8, 0.7]]])
+
+
+def test_ties_go_to_the_oldest_position_not_the_first_slot():
+    rule = settle("tova", 4, {})
+    assert victim([7, 3, 5, 4, 9], [0.1, 0.2, 0.1, 0.1, 0.5], 9, rule) == 3
+
+
+def test_protected_tokens_stay_whatever_their_score():
+    rule = settle("tova", 4, {"n_sinks": 1, "n_recent": 2})
+    assert victim([9, 0, 8, 4, 5], [0.0, 0.0, 0.0, 0.3, 0.2], 9, rule) == 4
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_broken_scores_still_give_an_unprotected_slot(value):
+    rule = settle("tova", 4, {"n_sinks": 1, "n_recent": 1})
+    assert victim([9, 0, 3, 4, 5], [value] * 5, 9, rule) in (2, 3, 4)
+
+
+def test_a_row_that_is_not_a_number_does_not_poison_the_memory():
+    weights = mx.array([[[[np.nan, np.nan]]]])
+    old = mx.array([[[1.0, 2.0]]])
+    scores = update_scores(weights, None, old, settle("h2o", 8, {}))
+    assert np.allclose(np.array(scores), [[[1.0, 2.0]]])
+
+
+def run_scan(logits, n_held, rule, limit, **options):
+    columns = logits.shape[-1]
+    positions = np.arange(columns, dtype=np.int32)[None]
+    scores = np.zeros((1, columns), np.float32)
+    return scan(logits, positions, scores, None, rule, limit=limit, **options)
+
+
+def block(rows, n_held):
+    """Logits [1, 1, L, N] of weights, -inf above the diagonal."""
+    with np.errstate(divide="ignore"):
+        logits = np.log(np.array(rows, np.float32))[None, None]
+    length = logits.shape[2]
+    hidden = np.triu(np.ones((length, length), bool), 1)
+    logits[0, 0][:, n_held:][hidden] = -np.inf
+    return logits
+
+
+def test_hand_worked_scan():
+    # Row 0 sees 0 1 2, drops 1. Row 1 sees 0 2 3: the dead column's .7 does not count.
+    logits = block([[0.5, 0.1, 0.4, 0.0], [0.1, 0.7, 0.15, 0.05]], n_held=2)
+    result = run_scan(logits, 2, settle("tova", 2, {}), 2)
+    assert result.alive[0].tolist() == [
+        [True, True, True, False],
+        [True, False, True, True],
+    ]
+    assert result.survivors.tolist() == [[0, 2]]
+
+
+def test_scan_breaks_planted_ties_to_the_oldest():
+    logits = block([[0.25] * 4, [0.25] * 4], n_held=2)
+    result = run_scan(logits, 2, settle("tova", 2, {}), 2)
+    assert result.survivors.tolist() == [[2, 3]]
+
+
+def test_a_dead_column_that_dwarfs_the_living_changes_nothing():
+    # exp(-200) vanishes in float32: the living must be weighed without the dead.
+    logits = block([[0.5, 0.1, 0.4, 0.0], [0.1, 0.1, 0.5, 0.4]], n_held=2)
+    logits[0, 0, 1, 1] = 200.0
+    result = run_scan(logits, 2, settle("tova", 2, {}), 2)
+    assert result.survivors.tolist() == [[2, 3]]
+
+
+def test_broken_rows_still_evict_one_token_each():
+    logits = np.full((1, 2, 4, 7), np.nan, np.float32)
+    result = run_scan(logits, 3, settle("h2o", 3, {"granularity": "layer"}), 3)
+    assert result.survivors.shape == (1, 3)
+    assert np.isfinite(result.scores).all()
+
+
+def test_cutting_once_looks_at_everything_and_ranks_by_the_last_row():
+    logits = block([[0.1, 0.2, 0.7, 0.0], [0.3, 0.1, 0.2, 0.4]], n_held=2)
+    result = run_scan(logits, 2, settle("tova", 2, {}), 2, cut_once=True)
+    assert result.alive[0].sum(axis=1).tolist() == [3, 4]
+    assert result.survivors.tolist() == [[0, 3]]
+
+
+def test_learned_sinks_take_their_share_of_the_denominator():
+    # With a sink as large as the two weights together, each share is halved.
+    logits = block([[0.5, 0.5]], n_held=1)
+    rule = settle("h2o", 4, {"granularity": "layer"})
+    result = run_scan(logits, 1, rule, 4, sinks=np.zeros(1, np.float32))
+    assert np.allclose(result.scores, [[0.25, 0.25]])

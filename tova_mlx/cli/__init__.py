@@ -1,0 +1,34 @@
+"""The command line `tova-mlx`. MLX is imported when a command runs, not before."""
+
+import sys
+
+import click
+
+from .. import __version__
+from ..errors import TovaError
+from .generate import generate
+from .info import info
+
+
+class _Group(click.Group):
+    """Prints an error raised on purpose as one line; exit 1, or 130 after Ctrl-C."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except TovaError as error:
+            click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+        except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
+            sys.exit(130)
+        sys.exit(1)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """Language models in constant memory: bounded caches for mlx-lm"""
+
+
+main.add_command(generate)
+main.add_command(info)

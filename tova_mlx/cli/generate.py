@@ -1,0 +1,177 @@
+"""tova-mlx generate: continues a prompt in bounded memory, streamed."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import PromptError
+from .options import cache_options, given, model_option
+
+
+@click.command(short_help="Text continued in bounded memory")
+@click.argument("prompt", required=False)
+@click.option(
+    "--prompt-file", type=click.Path(dir_okay=False), help="Read the prompt from here."
+)
+@click.option("--no-chat-template", is_flag=True, help="Continue the text as it is.")
+@model_option
+@cache_options
+@click.option(
+    "--prefill-step-size",
+    type=click.IntRange(min=1),
+    default=2048,
+    show_default=True,
+    help="Tokens of the prompt per step.",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Tokens to generate at most.",
+)
+@click.option("--temp", type=click.FloatRange(min=0), default=0.0, show_default=True)
+@click.option("--top-p", type=click.FloatRange(0, 1), default=1.0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def generate(
+    prompt: str | None, prompt_file: str | None, as_json: bool, **options: Any
+) -> None:
+    """Text continued in bounded memory; PROMPT, --prompt-file, or '-' for stdin
+
+    Example: tova-mlx generate "Why is the sky blue?" --max-kv-size 256
+    """
+    text = _read(prompt, prompt_file)
+    from ..policies import settle
+
+    settle(options["policy"], options["max_kv_size"], given(options))
+    from .models import load
+
+    model, tokenizer, path = load(options["model"])
+    import mlx.core as mx
+    from mlx_lm import stream_generate
+    from mlx_lm.sample_utils import make_sampler
+
+    from ..convert import make_prompt_cache
+    from ..report import describe
+
+    tokens = _encode(tokenizer, text, options["no_chat_template"])
+    caches = make_prompt_cache(
+        model,
+        options["max_kv_size"],
+        policy=options["policy"],
+        prefill=options["prefill"],
+        **given(options),
+    )
+    if options["policy"] == "full":
+        click.echo("full keeps everything: --max-kv-size is not read.", err=True)
+    mx.random.seed(options["seed"])
+    mx.reset_peak_memory()
+    pieces: list[str] = []
+    last = None
+    interrupted = False
+    try:
+        for last in stream_generate(
+            model,
+            tokenizer,
+            tokens,
+            max_tokens=options["max_tokens"],
+            sampler=make_sampler(options["temp"], options["top_p"]),
+            prompt_cache=caches,
+            prefill_step_size=options["prefill_step_size"],
+            prompt_progress_callback=_progress,
+        ):
+            pieces.append(last.text)
+            if not as_json:
+                click.echo(last.text, nl=False)
+    except KeyboardInterrupt:
+        interrupted = True
+    if not as_json:
+        click.echo()
+    report = describe(caches)
+    totals = report.totals
+    result = {
+        "text": "".join(pieces),
+        "model": options["model"] or path,
+        "policy": options["policy"],
+        "max_kv_size": None if options["policy"] == "full" else options["max_kv_size"],
+        "prompt_tokens": len(tokens),
+        "generation_tokens": last.generation_tokens if last else 0,
+        "prompt_tps": last.prompt_tps if last else None,
+        "generation_tps": last.generation_tps if last else None,
+        "peak_memory_bytes": mx.get_peak_memory(),
+        "cache_bytes": totals["bytes_now"],
+        "tokens_seen": totals["tokens_seen"],
+        "tokens_held": totals["tokens_held"],
+        "layers": report.to_dict()["layers"],
+    }
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        _print_statistics(result)
+    if interrupted:
+        sys.exit(130)
+
+
+def _read(prompt: str | None, prompt_file: str | None) -> str:
+    if (prompt is None) == (prompt_file is None):
+        raise click.UsageError("Give PROMPT or --prompt-file, one of them.")
+    try:
+        if prompt_file is not None:
+            source, text = prompt_file, Path(prompt_file).read_bytes().decode("utf-8")
+        elif prompt == "-":
+            source, text = "stdin", sys.stdin.buffer.read().decode("utf-8")
+        else:
+            source, text = "PROMPT", prompt or ""
+    except OSError as error:
+        raise PromptError(
+            f"--prompt-file {prompt_file}: {error.strerror}. Check the path."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise PromptError(
+            f"{prompt_file or 'stdin'} is not UTF-8 text (byte {error.start}). Convert "
+            "it first, for example with iconv."
+        ) from error
+    if not text.strip():
+        raise PromptError(f"{source}: the prompt is empty. Give at least one word.")
+    return text
+
+
+def _encode(tokenizer: Any, text: str, raw: bool) -> list[int]:
+    if raw or tokenizer.chat_template is None:
+        tokens = list(tokenizer.encode(text))
+    else:
+        messages = [{"role": "user", "content": text}]
+        tokens = list(
+            tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        )
+    if not tokens:
+        raise PromptError("The prompt has no tokens. Give at least one word.")
+    return tokens
+
+
+def _progress(done: int, total: int) -> None:
+    if sys.stderr.isatty() or done == total:
+        end = "\n" if done == total else ""
+        click.echo(
+            f"\rReading the prompt: {done}/{total} tokens{end}", err=True, nl=False
+        )
+
+
+def _print_statistics(result: dict[str, Any]) -> None:
+    def speed(tps: float | None) -> str:
+        return "–" if tps is None else f"{tps:.1f} tokens/s"
+
+    lines = [
+        f"prompt: {result['prompt_tokens']} tokens, {speed(result['prompt_tps'])}",
+        f"generated: {result['generation_tokens']} tokens, "
+        f"{speed(result['generation_tps'])}",
+        f"tokens seen: {result['tokens_seen']}, "
+        f"held: {result['tokens_held']} per layer",
+        f"cache: {result['cache_bytes'] / 2**20:.1f} MiB, peak memory: "
+        f"{result['peak_memory_bytes'] / 2**20:.0f} MiB",
+    ]
+    click.echo("\n".join(lines), err=True)

@@ -1,0 +1,84 @@
+"""Loads a model for a command, or says in one line why that does not work."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from ..demo import demo_model_path
+from ..errors import ModelLoadError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def resolve(model: str | None) -> str:
+    """A directory or hub id for `--model`."""
+    demo = demo_model_path()
+    if model is None:
+        if (demo / "config.json").is_file():
+            return str(demo)
+        from mlx_lm.chat import DEFAULT_MODEL
+
+        return DEFAULT_MODEL
+    if model == "demo" and not Path(model).exists():
+        if (demo / "config.json").is_file():
+            return str(demo)
+        raise ModelLoadError(
+            f"--model demo: nothing at {demo}. Run scripts/demo.sh or "
+            "scripts/prepare_demo_model.py first."
+        )
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.exists() or not _HUB_ID.fullmatch(model):
+        raise ModelLoadError(
+            f"--model {model}: no such directory, and no hub id (owner/name). Check "
+            "the path, or use demo."
+        )
+    return model
+
+
+def load(model: str | None) -> tuple[Any, Any, str]:
+    """Model, tokenizer and the directory they were loaded from.
+
+    Raises ModelLoadError. Where there is no Metal the model runs in float32: half
+    precision is slower there.
+    """
+    from ..blas import load_openblas
+
+    load_openblas()
+    import mlx.core as mx
+    from mlx_lm import load as mlx_lm_load
+
+    name = resolve(model)
+    path = _directory(name)
+    try:
+        loaded = mlx_lm_load(str(path))
+        mx.eval(loaded[0].parameters())
+    except Exception as error:
+        # Anything may come out of a damaged file; the reason is all a user can use.
+        raise ModelLoadError(
+            f"--model {model or name}: cannot load {path} ({_first_line(error)}). A "
+            "file may be missing or cut off: get or convert the model again."
+        ) from error
+    if not mx.metal.is_available():
+        loaded[0].set_dtype(mx.float32)
+    return loaded[0], loaded[1], str(path)
+
+
+def _directory(name: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    from mlx_lm.utils import _download
+
+    try:
+        return Path(_download(name))
+    except Exception as error:
+        raise ModelLoadError(
+            f"--model {name}: cannot get it from the hub ({_first_line(error)}). "
+            "Check the name and the network, or give a local directory."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,0 +1,82 @@
+"""Options that several commands share."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from ..policies import ATTENTION_OPTIONS, POLICIES
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def model_option(command: F) -> F:
+    return click.option(
+        "--model",
+        metavar="PATH_OR_HUB_ID",
+        help="Directory or hub id of an mlx-lm model; 'demo' is the small model that "
+        "scripts/demo.sh prepares.  [default: demo if it is there, else mlx-lm's]",
+    )(command)
+
+
+def cache_options(command: F) -> F:
+    """The options that decide what a layer keeps."""
+    for option in reversed(
+        [
+            click.option(
+                "--policy",
+                type=click.Choice(list(POLICIES)),
+                default="tova",
+                show_default=True,
+                help="Which tokens are kept.",
+            ),
+            click.option(
+                "--max-kv-size",
+                type=int,
+                default=1024,
+                show_default=True,
+                help="Tokens kept per layer.",
+            ),
+            click.option(
+                "--granularity",
+                type=click.Choice(["layer", "head"]),
+                help="One victim per layer or per KV head.  [default: the policy's]",
+            ),
+            click.option(
+                "--n-sinks",
+                type=int,
+                help="First tokens protected.  [default: the policy's]",
+            ),
+            click.option(
+                "--n-recent",
+                type=int,
+                help="Newest tokens protected.  [default: the policy's]",
+            ),
+            click.option(
+                "--memory",
+                type=float,
+                help="Share of the old score kept per token.  [default: the policy's]",
+            ),
+            click.option(
+                "--value-weighted/--no-value-weighted",
+                default=None,
+                help="Weigh attention by the norm of the value.  "
+                "[default: the policy's]",
+            ),
+            click.option(
+                "--prefill",
+                type=click.Choice(["stepwise", "once"]),
+                default="stepwise",
+                show_default=True,
+                help="Exact token by token, or one cut per chunk (depends on "
+                "--prefill-step-size).",
+            ),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """The policy's options that were given on the command line."""
+    return {k: options[k] for k in ATTENTION_OPTIONS if options[k] is not None}
