@@ -24,11 +24,16 @@ class BlockResult(NamedTuple):
     scores: np.ndarray[Any, Any]
 
 
+def to_mlx(array: Any) -> mx.array:
+    """NumPy to MLX; MLX's annotations do not name NumPy's arrays."""
+    return mx.array(array)
+
+
 def gather(array: mx.array, columns: Any) -> mx.array:
     """Take columns [B, H', m] of an array [B, H, S(, D)]; H' is 1 or H."""
     if columns.shape[0] == columns.shape[1] == 1:
-        return mx.take(array, mx.array(columns).reshape(-1), axis=2)
-    columns = mx.array(columns)
+        return mx.take(array, to_mlx(columns).reshape(-1), axis=2)
+    columns = to_mlx(columns)
     index = columns.reshape(*columns.shape, *[1] * (array.ndim - 3))
     shape = (*array.shape[:2], columns.shape[2], *array.shape[3:])
     return mx.take_along_axis(array, mx.broadcast_to(index, shape), axis=2)
@@ -91,7 +96,7 @@ def attend_block(
         kept = result.survivors.reshape(batch, choosers, -1)
         living = np.take_along_axis(columns, kept, axis=2)
         living_scores = result.scores.reshape(kept.shape)
-        alive = mx.array(result.alive.reshape(batch, choosers, stop - start, m))
+        alive = to_mlx(result.alive.reshape(batch, choosers, stop - start, m))
         alive = mx.repeat(alive, n_heads // choosers, axis=1) if choosers > 1 else alive
         alive = _merge(alive, block_mask, queries.dtype)
         outputs.append(
@@ -141,7 +146,7 @@ def _block_mask(
     if is_all:
         return mask[..., :m]
     batch, choosers = columns.shape[:2]
-    index = mx.array(np.repeat(columns, n_heads // choosers, axis=1))[:, :, None]
+    index = to_mlx(np.repeat(columns, n_heads // choosers, axis=1))[:, :, None]
     length, n_columns = mask.shape[2:]
     mask = mx.broadcast_to(mask, (batch, n_heads, length, n_columns))
     index = mx.broadcast_to(index, (batch, n_heads, length, m))

@@ -16,7 +16,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.base import create_causal_mask
 
 from . import attention
-from .block import attend_block, gather
+from .block import attend_block, gather, to_mlx
 from .errors import CacheStateError, OptionError, UnsupportedModelError
 from .eviction import choose_victim, update_scores
 from .policies import Granularity, Rule, settle
@@ -428,7 +428,7 @@ class PolicyKVCache:
         self._scores = None
         if self.rule.memory:
             spare = self._slots(self.size() + 1) - self.size()
-            scores = mx.array(result.scores)
+            scores = to_mlx(result.scores)
             self._scores = mx.pad(scores, [(0, 0), (0, 0), (0, spare)])
         return result.output
 
@@ -442,7 +442,7 @@ class PolicyKVCache:
         rows = np.arange(self.offset, self.offset + length)
         columns = np.concatenate([held, rows])
         seen = (columns < n_sinks) | (columns >= rows[:, None] - recent)
-        return mx.array(seen & (columns <= rows[:, None]))
+        return to_mlx(seen & (columns <= rows[:, None]))
 
     def _keep_window(self, n: int) -> None:
         assert self.rule.max_size is not None

@@ -47,7 +47,7 @@ class Report:
 
     def __str__(self) -> str:
         header = ("layer", "kind", "policy", "held", "seen", "bytes now", "at most")
-        lines = [header]
+        lines: list[tuple[str, ...]] = [header]
         for r in self.rows:
             lines.append(
                 (
@@ -138,7 +138,7 @@ def _bound(cache: Any) -> int | None:
         return None
     if isinstance(cache, PolicyKVCache):
         return cache.max_nbytes
-    if isinstance(cache, mlx_lm_cache.RotatingKVCache):
+    if isinstance(cache, mlx_lm_cache.RotatingKVCache) and cache.keys is not None:
         return int(cache.nbytes) // cache.keys.shape[2] * cache.max_size
     if isinstance(cache, mlx_lm_cache.ArraysCache):
         return int(cache.nbytes)
