@@ -1,6 +1,6 @@
-"""Prints README's quality table from results/quality.jsonl.
+"""Prints README's quality table from results/quality.jsonl; --write puts it there.
 
-    python scripts/quality_table.py [FILE]
+    python scripts/quality_table.py [--write]
 """
 
 import json
@@ -38,4 +38,10 @@ def _cell(row: dict) -> str:
 
 
 if __name__ == "__main__":
-    print(table(*map(Path, sys.argv[1:])))
+    print(table())
+    if "--write" in sys.argv[1:]:
+        readme = RESULTS.parents[1] / "README.md"
+        head, rest = readme.read_text(encoding="utf-8").split("<!-- quality -->")
+        tail = rest.split("<!-- /quality -->")[1]
+        text = f"{head}<!-- quality -->\n{table()}\n<!-- /quality -->{tail}"
+        readme.write_text(text, encoding="utf-8")
