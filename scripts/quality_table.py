@@ -1,6 +1,6 @@
 """Prints README's quality table from results/quality.jsonl; --write puts it there.
 
-    python scripts/quality_table.py [--write]
+python scripts/quality_table.py [--write]
 """
 
 import json

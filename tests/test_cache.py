@@ -165,10 +165,10 @@ def test_the_models_mask_is_obeyed_across_blocks(kind, granularity, monkeypatch)
             own = np.broadcast_to(np.arange(start, start + n), (*held.shape[:2], n))
             columns = np.concatenate([held, own], axis=2)
             if n == 1:  # one row's columns lie in slot order
-                slots = cache._positions
-                if slots is not None and cache._victim is not None:
+                slots = cache._slots.positions
+                if slots is not None and cache._slots.victim is not None:
                     columns = np.where(
-                        np.arange(slots.shape[2]) == np.array(cache._victim),
+                        np.arange(slots.shape[2]) == np.array(cache._slots.victim),
                         start,
                         np.array(slots),
                     )

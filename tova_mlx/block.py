@@ -11,7 +11,9 @@ import mlx.core as mx
 import numpy as np
 
 from .eviction import scan
+from .logits import masked_logits
 from .policies import Rule
+from .slots import gather, to_mlx
 
 BLOCK = 256
 
@@ -22,21 +24,6 @@ class BlockResult(NamedTuple):
     output: mx.array
     survivors: np.ndarray[Any, Any]
     scores: np.ndarray[Any, Any]
-
-
-def to_mlx(array: Any) -> mx.array:
-    """NumPy to MLX; MLX's annotations do not name NumPy's arrays."""
-    return mx.array(array)
-
-
-def gather(array: mx.array, columns: Any) -> mx.array:
-    """Take columns [B, H', m] of an array [B, H, S(, D)]; H' is 1 or H."""
-    if columns.shape[0] == columns.shape[1] == 1:
-        return mx.take(array, to_mlx(columns).reshape(-1), axis=2)
-    columns = to_mlx(columns)
-    index = columns.reshape(*columns.shape, *[1] * (array.ndim - 3))
-    shape = (*array.shape[:2], columns.shape[2], *array.shape[3:])
-    return mx.take_along_axis(array, mx.broadcast_to(index, shape), axis=2)
 
 
 def attend_block(
@@ -81,7 +68,8 @@ def attend_block(
         block_values = values[:, :, :m] if is_all else gather(values, columns)
         rows = queries[:, :, start:stop]
         block_mask = _block_mask(mask, start, stop, columns, n_heads, is_all)
-        logits = _logits(rows, block_keys, scale, block_mask)
+        logits = masked_logits(rows, block_keys, scale, block_mask)
+        logits = mx.where(_causal(stop - start, m), logits, -mx.inf)
         flat = (batch * choosers, m)
         result = scan(
             np.array(logits, copy=False),
@@ -110,24 +98,6 @@ def attend_block(
 
 def _causal(length: int, columns: int) -> mx.array:
     return mx.arange(columns - length, columns)[:, None] >= mx.arange(columns)
-
-
-def _logits(
-    queries: mx.array, keys: mx.array, scale: float, mask: mx.array | None
-) -> mx.array:
-    """float32 [B, n_heads, L, m], -inf where a row may not look."""
-    batch, n_heads, length, head_dim = queries.shape
-    n_kv_heads, m = keys.shape[1:3]
-    grouped = (batch, n_kv_heads, n_heads // n_kv_heads * length, head_dim)
-    scaled = queries.astype(mx.float32).reshape(grouped) * scale
-    logits = scaled @ keys.astype(mx.float32).swapaxes(2, 3)
-    logits = logits.reshape(batch, n_heads, length, m)
-    if mask is not None:
-        if mask.dtype == mx.bool_:
-            logits = mx.where(mask, logits, -mx.inf)
-        else:
-            logits = logits + mask.astype(mx.float32)
-    return mx.where(_causal(length, m), logits, -mx.inf)
 
 
 def _block_mask(

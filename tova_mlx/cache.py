@@ -1,9 +1,8 @@
-"""One layer's slots and the mlx-lm contract.
+"""One layer's cache: the mlx-lm contract.
 
-`PolicyKVCache` holds keys and values in slots under any policy; `TOVACache` is the
-same with the paper's policy. A full cache has `max_size + 1` slots: the newest token
-is written into the slot of the last victim, attends, and only then the next victim is
-chosen, so an eviction moves nothing. Knows one batch of rows of equal length.
+`PolicyKVCache` keeps a layer's slots under any policy; `TOVACache` is the same with
+the paper's. The order of a step is write, attend, choose the victim. Knows one batch
+of rows of equal length.
 """
 
 import json
@@ -16,10 +15,12 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.base import create_causal_mask
 
 from . import attention
-from .block import attend_block, gather, to_mlx
+from .block import attend_block
 from .errors import CacheStateError, OptionError, UnsupportedModelError
-from .eviction import choose_victim, update_scores
+from .eviction import choose_victim, update_scores, window_columns, window_mask
+from .logits import newest_weights
 from .policies import Granularity, Rule, settle
+from .slots import Slots, to_mlx
 
 _STATE_VERSION = 1
 
@@ -46,8 +47,6 @@ class PolicyKVCache:
     Attributes:
         offset: tokens seen, the position of the next token.
     """
-
-    step = 256
 
     def __init__(
         self,
@@ -76,15 +75,7 @@ class PolicyKVCache:
             setattr(mlx_lm_cache, kind.__name__, kind)
         self.rule = rule
         self.prefill = prefill
-        self.offset = 0
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
-        # While nothing was evicted, slot i holds position i and this is None.
-        self._positions: mx.array | None = None
-        self._scores: mx.array | None = None
-        self._norms: mx.array | None = None
-        # None: the next token goes to slot `size()`.
-        self._victim: mx.array | None = None
+        self._slots = Slots(rule)
         # The module whose attention is still to come for the last update.
         self._awaits: str | None = None
 
@@ -95,33 +86,37 @@ class PolicyKVCache:
         """Tokens kept; None for no limit."""
         return self.rule.max_size
 
+    @property
+    def offset(self) -> int:
+        """Tokens seen, the position of the next token."""
+        return self._slots.offset
+
+    @property
+    def keys(self) -> mx.array | None:
+        """All slots [B, n_kv_heads, slots, head_dim], in no order; None if empty."""
+        return self._slots.keys
+
+    @property
+    def values(self) -> mx.array | None:
+        """All slots [B, n_kv_heads, slots, head_dim], in no order; None if empty."""
+        return self._slots.values
+
     def size(self) -> int:
         """Tokens held."""
-        limit = self.rule.max_size
-        return self.offset if limit is None else min(self.offset, limit)
+        return self._slots.size()
 
     def empty(self) -> bool:
-        return self.keys is None
+        return self._slots.keys is None
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays of the cache."""
-        return sum(a.nbytes for a in self._arrays() if a is not None)
+        return sum(a.nbytes for a in self._slots.arrays if a is not None)
 
     @property
     def max_nbytes(self) -> int | None:
         """Bytes that the cache can reach; None if unlimited or still empty."""
-        limit = self.rule.max_size
-        if limit is None or self.keys is None or self.values is None:
-            return None
-        batch, n_kv_heads, _, key_dim = self.keys.shape
-        per_slot = (
-            batch * n_kv_heads * (key_dim + self.values.shape[3]) * self.keys.itemsize
-        )
-        choosers = n_kv_heads if self.rule.per_head else 1
-        per_slot += 4 * batch * choosers * (1 + bool(self.rule.memory))
-        per_slot += 4 * batch * n_kv_heads * self.rule.value_weighted
-        return per_slot * (limit + 1) + 4 * batch * choosers
+        return self._slots.max_nbytes
 
     @property
     def positions(self) -> mx.array:
@@ -130,18 +125,15 @@ class PolicyKVCache:
         In ascending order, the order of `keys_and_values`. H' is 1, or n_kv_heads
         with granularity "head".
         """
-        if self.keys is None:
-            return mx.zeros((1, 1, 0), mx.int32)
-        return self._held_positions(self._order())
+        return self._slots.held_positions()
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """The held rows [B, n_kv_heads, size(), head_dim], in order of position."""
-        if self.keys is None or self.values is None:
+        if self.empty():
             raise CacheStateError(
                 "An empty cache has no keys. Run the model with it first."
             )
-        order = self._order()
-        return self._held(self.keys, order), self._held(self.values, order)
+        return self._slots.held_rows()
 
     # The model's side
 
@@ -163,7 +155,7 @@ class PolicyKVCache:
         if N == 1:
             return None
         if evicts and not self.rule.reads_attention:
-            return self._window_mask(N)
+            return to_mlx(window_mask(self.rule, self.offset, N))
         if return_array:
             return create_causal_mask(N, self.size())
         return "causal"
@@ -185,11 +177,16 @@ class PolicyKVCache:
             self._awaits = sys._getframe(1).f_globals.get("__name__", "the model")
         fits = limit is None or self.offset + length <= limit
         # A memory must see every query, so even a chunk that fits is scanned.
-        if length == 1 or (
-            fits and not (self.rule.memory and self.rule.reads_attention)
-        ):
-            return self._append(keys, values)
-        return self._open_block(keys, values)
+        if length == 1 or (fits and not self._remembers):
+            rows = self._slots.append(keys, values)
+            if limit is not None and rows[0].shape[2] > limit:
+                self._choose_victim(None)
+            return rows
+        rows = self._slots.extend(keys, values)
+        if not self.rule.reads_attention:
+            kept = window_columns(self.rule, rows[0].shape[2])
+            self._slots.keep(np.broadcast_to(kept, (keys.shape[0], 1, len(kept))))
+        return rows
 
     def attend(
         self,
@@ -232,10 +229,7 @@ class PolicyKVCache:
         Not once a token was evicted, and not for a policy with memory, whose scores
         hold what the tokens to be taken back attended to.
         """
-        limit = self.rule.max_size
-        evicted = limit is not None and self.offset > limit
-        remembers = self.rule.reads_attention and self.rule.memory > 0
-        return self.offset == 0 or not (evicted or remembers)
+        return self.offset == 0 or not (self._slots.evicted or self._remembers)
 
     def trim(self, n: int) -> int:
         """Take back the newest n tokens; returns how many were taken.
@@ -249,7 +243,7 @@ class PolicyKVCache:
                 "or added to scores is gone. Start a new cache."
             )
         n = min(self.offset, n)
-        self.offset -= n
+        self._slots.offset -= n
         return n
 
     @property
@@ -260,7 +254,7 @@ class PolicyKVCache:
             "rule": self.rule.as_dict(),
             "prefill": self.prefill,
         }
-        return (*self._arrays(), self.offset, json.dumps(config))
+        return (*self._slots.arrays, self.offset, json.dumps(config))
 
     @state.setter
     def state(self, state: tuple[Any, ...]) -> None:
@@ -278,9 +272,10 @@ class PolicyKVCache:
                 "with this version."
             ) from error
         self._configure(rule, prefill)
-        self.keys, self.values, self.offset = keys, values, offset
-        self._positions, self._scores = positions, scores
-        self._norms, self._victim = norms, victim
+        slots = self._slots
+        slots.keys, slots.values, slots.offset = keys, values, offset
+        slots.positions, slots.scores = positions, scores
+        slots.norms, slots.victim = norms, victim
 
     @classmethod
     def from_state(cls, state: tuple[Any, ...]) -> "PolicyKVCache":
@@ -289,40 +284,21 @@ class PolicyKVCache:
         cache.state = state
         return cache
 
-    # One token, or rows that evict nothing
+    # After the attention
 
-    def _append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        start, length = self.size(), keys.shape[2]
-        n = start + length
-        if self._victim is None:
-            self._reserve(n, keys, values)
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys = self._write(self.keys, keys, start)
-        self.values = self._write(self.values, values, start)
-        if self._norms is not None:
-            self._norms = self._write(self._norms, _l2_norms(values), start)
-        if self._victim is not None:
-            taken = mx.arange(n) == self._victim
-            assert self._positions is not None
-            self._positions = mx.where(taken, self.offset, self._positions)
-            if self._scores is not None:
-                self._scores = mx.where(taken, 0.0, self._scores)
-        elif self._positions is not None:
-            self._positions[..., start:n] = self.offset
-        self.offset += length
-        if self.max_size is not None and n > self.max_size:
-            if self._positions is None:
-                choosers = self.keys.shape[1] if self.rule.per_head else 1
-                shape = (self.keys.shape[0], choosers, n)
-                self._positions = mx.broadcast_to(mx.arange(n, dtype=mx.int32), shape)
-            if not self.rule.reads_attention:
-                self._victim = choose_victim(
-                    self._positions, None, self.offset - 1, self.rule
-                )
-        if n == self.keys.shape[2]:
-            return self.keys, self.values
-        return self.keys[..., :n, :], self.values[..., :n, :]
+    @property
+    def _remembers(self) -> bool:
+        return self.rule.memory > 0
+
+    def _choose_victim(self, scores: mx.array | None) -> None:
+        """Who leaves; a policy that reads attention cannot say before it has scores."""
+        if scores is None and self.rule.reads_attention:
+            return
+        slots = self._slots
+        assert slots.positions is not None
+        slots.victim = choose_victim(
+            slots.positions, scores, slots.offset - 1, self.rule
+        )
 
     def _attend_newest(
         self,
@@ -348,58 +324,17 @@ class PolicyKVCache:
             output = (weights.astype(values.dtype) @ values).reshape(
                 *queries.shape[:3], values.shape[3]
             )
-        norms = None if self._norms is None else self._norms[..., :n]
-        held = None if self._scores is None else self._scores[..., :n]
-        scores = update_scores(weights, norms, held, self.rule)
+        slots = self._slots
+        norms = None if slots.norms is None else slots.norms[..., :n]
+        old = None if slots.scores is None else slots.scores[..., :n]
+        scores = update_scores(weights, norms, old, self.rule)
+        slots.remember(scores)
         if full:
-            assert self._positions is not None
-            self._victim = choose_victim(
-                self._positions, scores, self.offset - 1, self.rule
-            )
-        tied = [a for a in (self._victim,) if a is not None]
-        if self._scores is not None:
-            spare = self._scores.shape[2] - n
-            self._scores = mx.pad(scores, [(0, 0), (0, 0), (0, spare)])
-            tied.append(self._scores)
+            self._choose_victim(scores)
         # Evaluated with the output, or every step's weights would stay alive until
         # something reads the scores.
+        tied = [a for a in (slots.victim, slots.scores) if a is not None]
         return mx.depends([output], tied)[0]
-
-    # A block of rows, exactly as if one by one
-
-    def _open_block(
-        self, keys: mx.array, values: mx.array
-    ) -> tuple[mx.array, mx.array]:
-        length = keys.shape[2]
-        positions = mx.arange(self.offset, self.offset + length, dtype=mx.int32)
-        if self.keys is not None and self.values is not None and self.offset:
-            order = self._order()
-            held_positions = self._held_positions(order)
-            if self._scores is not None:
-                self._scores = self._held(self._scores, order)
-            if self._norms is not None:
-                self._norms = self._held(self._norms, order)
-            keys = mx.concatenate([self._held(self.keys, order), keys], axis=2)
-            values = mx.concatenate([self._held(self.values, order), values], axis=2)
-            shape = (*held_positions.shape[:2], length)
-            self._positions = mx.concatenate(
-                [held_positions, mx.broadcast_to(positions, shape)], axis=2
-            )
-        else:
-            choosers = keys.shape[1] if self.rule.per_head else 1
-            shape = (keys.shape[0], choosers, length)
-            self._positions = mx.broadcast_to(positions, shape)
-            self._scores = self._norms = None
-        if self.rule.value_weighted:
-            new = _l2_norms(values[..., -length:, :])
-            parts = [new] if self._norms is None else [self._norms, new]
-            self._norms = mx.concatenate(parts, axis=2)
-        self._victim = None
-        self.offset += length
-        self.keys, self.values = keys, values
-        if not self.rule.reads_attention:
-            self._keep_window(keys.shape[2])
-        return keys, values
 
     def _attend_block(
         self,
@@ -410,7 +345,7 @@ class PolicyKVCache:
         mask: Any,
         sinks: mx.array | None,
     ) -> mx.array:
-        assert self._positions is not None
+        slots = self._slots
         result = attend_block(
             queries,
             keys,
@@ -418,126 +353,15 @@ class PolicyKVCache:
             scale=scale,
             mask=mask,
             sinks=sinks,
-            positions=np.array(self._positions),
-            scores=None if self._scores is None else np.array(self._scores),
-            norms=None if self._norms is None else np.array(self._norms),
+            positions=np.array(slots.positions),
+            scores=None if slots.scores is None else np.array(slots.scores),
+            norms=None if slots.norms is None else np.array(slots.norms),
             rule=self.rule,
             cut_once=self.prefill == "once",
         )
-        self._keep(result.survivors)
-        self._scores = None
-        if self.rule.memory:
-            spare = self._slots(self.size() + 1) - self.size()
-            scores = to_mlx(result.scores)
-            self._scores = mx.pad(scores, [(0, 0), (0, 0), (0, spare)])
+        slots.keep(result.survivors)
+        slots.remember(to_mlx(result.scores))
         return result.output
-
-    def _window_mask(self, length: int) -> mx.array:
-        """Who a row sees when the oldest leave: bool [L, size() + L]."""
-        assert self.rule.max_size is not None
-        n_sinks = self.rule.n_sinks
-        recent = self.rule.max_size - n_sinks
-        held = np.arange(self.offset)
-        held = np.concatenate([held[:n_sinks], held[n_sinks:][-recent:]])
-        rows = np.arange(self.offset, self.offset + length)
-        columns = np.concatenate([held, rows])
-        seen = (columns < n_sinks) | (columns >= rows[:, None] - recent)
-        return to_mlx(seen & (columns <= rows[:, None]))
-
-    def _keep_window(self, n: int) -> None:
-        assert self.rule.max_size is not None
-        assert self.keys is not None
-        n_sinks = self.rule.n_sinks
-        newest = np.arange(n - (self.rule.max_size - n_sinks), n)
-        kept = np.concatenate([np.arange(n_sinks), newest]).astype(np.int32)
-        self._keep(np.broadcast_to(kept, (self.keys.shape[0], 1, len(kept))))
-
-    def _keep(self, columns: np.ndarray[Any, Any]) -> None:
-        """Move the surviving columns [B, H', size()] into the first slots."""
-        spare = self._slots(self.size() + 1) - self.size()
-        # The free slots' contents are never read; any column will do.
-        padded = np.pad(columns, [(0, 0), (0, 0), (0, spare)])
-        assert self.keys is not None
-        assert self.values is not None
-        assert self._positions is not None
-        self.keys = gather(self.keys, padded)
-        self.values = gather(self.values, padded)
-        if self._norms is not None:
-            self._norms = gather(self._norms, padded)
-        evicted = self.max_size is not None and self.offset > self.max_size
-        self._positions = gather(self._positions, padded) if evicted else None
-
-    # Slots
-
-    def _arrays(self) -> tuple[mx.array | None, ...]:
-        return (
-            self.keys,
-            self.values,
-            self._positions,
-            self._scores,
-            self._norms,
-            self._victim,
-        )
-
-    def _slots(self, n: int) -> int:
-        """Slots to allocate for n tokens."""
-        slots = -(-n // self.step) * self.step
-        return slots if self.max_size is None else min(slots, self.max_size + 1)
-
-    def _reserve(self, n: int, keys: mx.array, values: mx.array) -> None:
-        """Make room for n tokens; doubles as the first allocation."""
-        held = 0 if self.keys is None else self.keys.shape[2]
-        if n <= held:
-            return
-        spare = self._slots(n) - held
-
-        def grow(
-            array: mx.array | None, shape: tuple[int, ...], dtype: Any
-        ) -> mx.array:
-            new = mx.zeros(shape, dtype)
-            return new if array is None else mx.concatenate([array, new], axis=2)
-
-        batch, n_kv_heads = keys.shape[:2]
-        rows = (batch, n_kv_heads, spare)
-        self.keys = grow(self.keys, (*rows, keys.shape[3]), keys.dtype)
-        self.values = grow(self.values, (*rows, values.shape[3]), values.dtype)
-        choosers = (batch, n_kv_heads if self.rule.per_head else 1, spare)
-        if self._positions is not None:
-            self._positions = grow(self._positions, choosers, mx.int32)
-        if self.rule.memory:
-            self._scores = grow(self._scores, choosers, mx.float32)
-        if self.rule.value_weighted:
-            self._norms = grow(self._norms, rows, mx.float32)
-
-    def _write(self, array: mx.array, rows: mx.array, start: int) -> mx.array:
-        """Put rows into the victim's slot, or from slot `start` on, in place."""
-        if self._victim is None or self._victim.size == 1:
-            slot = mx.array([start]) if self._victim is None else self._victim
-            return mx.slice_update(array, rows, slot.reshape(1), (2,))
-        slot = self._victim.reshape(*self._victim.shape, *[1] * (rows.ndim - 3))
-        return mx.put_along_axis(array, mx.broadcast_to(slot, rows.shape), rows, axis=2)
-
-    def _order(self) -> mx.array | None:
-        """Slots held in order of position [B, H', size()]; None: the first ones."""
-        if self._victim is None:
-            return None
-        assert self._positions is not None
-        slots = mx.arange(self._positions.shape[2])
-        last = mx.where(slots == self._victim, 2**31 - 1, self._positions)
-        return mx.argsort(last, axis=-1)[..., : self.size()]
-
-    def _held(self, array: mx.array, order: mx.array | None) -> mx.array:
-        if order is None:
-            return array[:, :, : self.size()]
-        return gather(array, order)
-
-    def _held_positions(self, order: mx.array | None) -> mx.array:
-        assert self.keys is not None
-        if self._positions is None:
-            choosers = self.keys.shape[1] if self.rule.per_head else 1
-            shape = (self.keys.shape[0], choosers, self.size())
-            return mx.broadcast_to(mx.arange(self.size(), dtype=mx.int32), shape)
-        return self._held(self._positions, order)
 
     def _check_rows(self, keys: mx.array) -> None:
         if self.keys is None:
@@ -589,37 +413,3 @@ class TOVACache(PolicyKVCache):
             n_recent=n_recent,
             prefill=prefill,
         )
-
-
-def newest_weights(
-    queries: mx.array,
-    keys: mx.array,
-    scale: float,
-    mask: Any,
-    sinks: mx.array | None,
-) -> mx.array:
-    """The newest query's softmax weights, float32 [B, n_kv_heads, G, S].
-
-    queries: [B, n_heads, 1, head_dim]; keys: [B, n_kv_heads, S, head_dim].
-    """
-    batch, n_heads, _, head_dim = queries.shape
-    n_kv_heads, slots = keys.shape[1:3]
-    grouped = (batch, n_kv_heads, n_heads // n_kv_heads)
-    queries = queries.astype(mx.float32).reshape(*grouped, head_dim) * scale
-    logits = queries @ keys.astype(mx.float32).swapaxes(2, 3)
-    if isinstance(mask, mx.array):
-        mask = mx.broadcast_to(mask, (batch, n_heads, 1, slots)).reshape(logits.shape)
-        if mask.dtype == mx.bool_:
-            logits = mx.where(mask, logits, -mx.inf)
-        else:
-            logits = logits + mask.astype(mx.float32)
-    if sinks is None:
-        return mx.softmax(logits, axis=-1, precise=True)
-    learned = sinks.astype(mx.float32).reshape(1, n_kv_heads, -1, 1)
-    learned = mx.broadcast_to(learned, (*grouped, 1))
-    joined = mx.concatenate([learned, logits], axis=-1)
-    return mx.softmax(joined, axis=-1, precise=True)[..., 1:]
-
-
-def _l2_norms(values: mx.array) -> mx.array:
-    return mx.linalg.norm(values.astype(mx.float32), axis=-1)

@@ -1,0 +1,241 @@
+"""One layer's storage: keys and values in slots, and what is known of each.
+
+A full layer has `max_size + 1` slots. The newest token is written into the slot of the
+last victim, so an eviction moves nothing and costs one row. Knows where tokens are;
+who leaves is decided elsewhere. Shapes: rows [B, n_kv_heads, slots, head_dim]; H' is 1
+(granularity "layer") or n_kv_heads ("head").
+"""
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from .policies import Rule
+
+_LAST = 2**31 - 1
+
+
+def to_mlx(array: Any) -> mx.array:
+    """NumPy to MLX; MLX's annotations do not name NumPy's arrays."""
+    return mx.array(array)
+
+
+def gather(array: mx.array, columns: Any) -> mx.array:
+    """Take columns [B, H', m] of an array [B, H, S(, D)]; H' is 1 or H."""
+    if columns.shape[0] == columns.shape[1] == 1:
+        return mx.take(array, to_mlx(columns).reshape(-1), axis=2)
+    columns = to_mlx(columns)
+    index = columns.reshape(*columns.shape, *[1] * (array.ndim - 3))
+    shape = (*array.shape[:2], columns.shape[2], *array.shape[3:])
+    return mx.take_along_axis(array, mx.broadcast_to(index, shape), axis=2)
+
+
+class Slots:
+    """The arrays of one layer under a rule.
+
+    Attributes:
+        offset: tokens seen.
+        keys, values: rows, or None while empty.
+        positions: int32 [B, H', slots]; None while slot i holds position i.
+        scores: float32 [B, H', slots], for rules with memory.
+        norms: float32 [B, n_kv_heads, slots] of the values, for value-weighted rules.
+        victim: int32 [B, H', 1], the slot to write next; None: slot `size()`.
+    """
+
+    step = 256
+
+    def __init__(self, rule: Rule):
+        self.rule = rule
+        self.offset = 0
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+        self.positions: mx.array | None = None
+        self.scores: mx.array | None = None
+        self.norms: mx.array | None = None
+        self.victim: mx.array | None = None
+
+    def size(self) -> int:
+        """Tokens held."""
+        limit = self.rule.max_size
+        return self.offset if limit is None else min(self.offset, limit)
+
+    @property
+    def evicted(self) -> bool:
+        """Whether a token has left."""
+        return self.offset > self.size()
+
+    @property
+    def arrays(self) -> tuple[mx.array | None, ...]:
+        return (
+            self.keys,
+            self.values,
+            self.positions,
+            self.scores,
+            self.norms,
+            self.victim,
+        )
+
+    @property
+    def max_nbytes(self) -> int | None:
+        """Bytes that the arrays can reach; None if unlimited or still empty."""
+        limit = self.rule.max_size
+        if limit is None or self.keys is None or self.values is None:
+            return None
+        batch, n_kv_heads, _, key_dim = self.keys.shape
+        row_bytes = (key_dim + self.values.shape[3]) * self.keys.itemsize
+        choosers = batch * self._choosers(self.keys)
+        per_slot = batch * n_kv_heads * (row_bytes + 4 * self.rule.value_weighted)
+        per_slot += 4 * choosers * (1 + bool(self.rule.memory))
+        return per_slot * (limit + 1) + 4 * choosers
+
+    def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Write one row, or rows that evict nothing; return all rows held."""
+        start, length = self.size(), keys.shape[2]
+        n = start + length
+        if self.victim is None:
+            self._reserve(n, keys, values)
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys = self._write(self.keys, keys, start)
+        self.values = self._write(self.values, values, start)
+        if self.norms is not None:
+            self.norms = self._write(self.norms, _l2_norms(values), start)
+        if self.victim is not None:
+            assert self.positions is not None
+            taken = mx.arange(n) == self.victim
+            self.positions = mx.where(taken, self.offset, self.positions)
+            if self.scores is not None:
+                self.scores = mx.where(taken, 0.0, self.scores)
+        elif self.positions is not None:
+            self.positions[..., start:n] = self.offset
+        self.offset += length
+        if self.positions is None and n > self.size():
+            self.positions = self._numbered(self.keys, 0, n)
+        if n == self.keys.shape[2]:
+            return self.keys, self.values
+        return self.keys[..., :n, :], self.values[..., :n, :]
+
+    def extend(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Put a block's rows after those held, in order of position, for `keep`.
+
+        Until then there are more slots than the limit and `scores` has none for the
+        new rows.
+        """
+        length = keys.shape[2]
+        positions = self._numbered(keys, self.offset, length)
+        norms = _l2_norms(values) if self.rule.value_weighted else None
+        if self.keys is not None and self.values is not None and self.offset:
+            order = self._order()
+            positions = mx.concatenate([self.held_positions(), positions], axis=2)
+            keys = mx.concatenate([self._held(self.keys, order), keys], axis=2)
+            values = mx.concatenate([self._held(self.values, order), values], axis=2)
+            if self.scores is not None:
+                self.scores = self._held(self.scores, order)
+            if norms is not None and self.norms is not None:
+                norms = mx.concatenate([self._held(self.norms, order), norms], axis=2)
+        else:
+            self.scores = None
+        self.keys, self.values = keys, values
+        self.positions, self.norms, self.victim = positions, norms, None
+        self.offset += length
+        return keys, values
+
+    def keep(self, columns: np.ndarray[Any, Any]) -> None:
+        """Move the surviving columns [B, H', size()] into the first slots."""
+        spare = self._allocation(self.size() + 1) - self.size()
+        # The free slots' contents are never read; any column will do.
+        padded = np.pad(columns, [(0, 0), (0, 0), (0, spare)])
+        assert self.keys is not None
+        assert self.values is not None
+        assert self.positions is not None
+        self.keys = gather(self.keys, padded)
+        self.values = gather(self.values, padded)
+        if self.norms is not None:
+            self.norms = gather(self.norms, padded)
+        self.positions = gather(self.positions, padded) if self.evicted else None
+
+    def remember(self, scores: mx.array) -> None:
+        """Store the scores [B, H', n] of the first n slots, if the rule has memory."""
+        if self.rule.memory:
+            assert self.keys is not None
+            spare = self.keys.shape[2] - scores.shape[2]
+            self.scores = mx.pad(scores, [(0, 0), (0, 0), (0, spare)])
+
+    def held_positions(self) -> mx.array:
+        """int32 [B, H', size()], ascending."""
+        if self.keys is None:
+            return mx.zeros((1, 1, 0), mx.int32)
+        if self.positions is None:
+            return self._numbered(self.keys, 0, self.size())
+        return self._held(self.positions, self._order())
+
+    def held_rows(self) -> tuple[mx.array, mx.array]:
+        """Keys and values held, in the order of `held_positions`."""
+        assert self.keys is not None
+        assert self.values is not None
+        order = self._order()
+        return self._held(self.keys, order), self._held(self.values, order)
+
+    def _choosers(self, keys: mx.array) -> int:
+        return keys.shape[1] if self.rule.per_head else 1
+
+    def _numbered(self, keys: mx.array, start: int, n: int) -> mx.array:
+        shape = (keys.shape[0], self._choosers(keys), n)
+        return mx.broadcast_to(mx.arange(start, start + n, dtype=mx.int32), shape)
+
+    def _allocation(self, n: int) -> int:
+        """Slots to allocate for n tokens."""
+        slots = -(-n // self.step) * self.step
+        limit = self.rule.max_size
+        return slots if limit is None else min(slots, limit + 1)
+
+    def _reserve(self, n: int, keys: mx.array, values: mx.array) -> None:
+        held = 0 if self.keys is None else self.keys.shape[2]
+        if n <= held:
+            return
+        spare = self._allocation(n) - held
+
+        def grow(array: mx.array | None, *shape: int, dtype: Any) -> mx.array:
+            new = mx.zeros(shape, dtype)
+            return new if array is None else mx.concatenate([array, new], axis=2)
+
+        rows = (*keys.shape[:2], spare)
+        choosers = (keys.shape[0], self._choosers(keys), spare)
+        self.keys = grow(self.keys, *rows, keys.shape[3], dtype=keys.dtype)
+        self.values = grow(self.values, *rows, values.shape[3], dtype=values.dtype)
+        if self.positions is not None:
+            self.positions = grow(self.positions, *choosers, dtype=mx.int32)
+        if self.rule.memory:
+            self.scores = grow(self.scores, *choosers, dtype=mx.float32)
+        if self.rule.value_weighted:
+            self.norms = grow(self.norms, *rows, dtype=mx.float32)
+
+    def _write(self, array: mx.array, rows: mx.array, start: int) -> mx.array:
+        """Put rows into the victim's slot, or from slot `start` on, in place.
+
+        MLX writes into the same buffer as long as this is the only reference to it.
+        """
+        if self.victim is None or self.victim.size == 1:
+            slot = mx.array([start]) if self.victim is None else self.victim
+            return mx.slice_update(array, rows, slot.reshape(1), (2,))
+        slot = self.victim.reshape(*self.victim.shape, *[1] * (rows.ndim - 3))
+        return mx.put_along_axis(array, mx.broadcast_to(slot, rows.shape), rows, axis=2)
+
+    def _order(self) -> mx.array | None:
+        """Slots held in order of position [B, H', size()]; None: the first ones."""
+        if self.victim is None:
+            return None
+        assert self.positions is not None
+        slots = mx.arange(self.positions.shape[2])
+        victim_last = mx.where(slots == self.victim, _LAST, self.positions)
+        return mx.argsort(victim_last, axis=-1)[..., : self.size()]
+
+    def _held(self, array: mx.array, order: mx.array | None) -> mx.array:
+        if order is None:
+            return array[:, :, : self.size()]
+        return gather(array, order)
+
+
+def _l2_norms(values: mx.array) -> mx.array:
+    return mx.linalg.norm(values.astype(mx.float32), axis=-1)
