@@ -1,4 +1,5 @@
 import json
+import signal
 import subprocess
 import sys
 
@@ -99,3 +100,21 @@ def test_a_cut_off_model_file_is_refused(demo_path, tmp_path):
     assert result.exit_code == 1
     assert "cut off" in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.real_model
+def test_ctrl_c_keeps_the_text_and_the_statistics(demo_path):
+    program = "from tova_mlx.cli import main; main()"
+    command = [sys.executable, "-c", program, "generate", "Count to a thousand."]
+    command += ["--model", str(demo_path), "--max-tokens", "5000"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        first = process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        rest, statistics = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert (first + rest).strip()
+    assert b"tokens seen:" in statistics
+    assert b"Traceback" not in statistics

@@ -242,7 +242,7 @@ class PolicyKVCache:
                 f"{self.offset} seen with max_size={self.max_size}: what they evicted "
                 "or added to scores is gone. Start a new cache."
             )
-        n = min(self.offset, n)
+        n = max(0, min(self.offset, n))
         self._slots.offset -= n
         return n
 
