@@ -59,7 +59,7 @@ def main() -> int:
         made.mkdir()
         convert(fetch(work), made)
         made.rename(target)
-    except PrepareError as error:
+    except (PrepareError, OSError, ValueError, KeyError) as error:
         print(f"The demo model was not prepared: {error}", file=sys.stderr)
         return 1
     finally:
