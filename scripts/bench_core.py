@@ -94,7 +94,7 @@ def main() -> None:
 
     ours, theirs = make_prompt_cache(model, SIZE), rotating()
     prefill(ours)
-    prefill(theirs, step=1)
+    prefill(theirs)
     mine, other = [], []
     decode(ours, 4), decode(theirs, 4)
     for _ in range(2 * args.repeats):
