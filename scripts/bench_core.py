@@ -69,7 +69,7 @@ def main() -> None:
         return [RotatingKVCache(SIZE, keep=4) for _ in range(n_layers)]
 
     result = {
-        "command": " ".join(["python", "scripts/bench_core.py"]),
+        "command": " ".join(["python", "scripts/bench_core.py", *sys.argv[1:]]),
         "versions": {p: version(p) for p in ("tova_mlx", "mlx", "mlx-lm")},
         "device": f"{mx.default_device()} {platform.machine()} {platform.system()}",
         "date": time.strftime("%Y-%m-%d"),
