@@ -334,20 +334,7 @@ def test_the_dispatcher_can_be_taken_out():
 
 
 def test_a_model_with_its_own_attention_is_refused_by_name():
-    from mlx_lm.models import gemma2
-
-    args = gemma2.ModelArgs(
-        model_type="gemma2",
-        hidden_size=32,
-        num_hidden_layers=2,
-        intermediate_size=32,
-        num_attention_heads=4,
-        head_dim=8,
-        rms_norm_eps=1e-5,
-        vocab_size=tiny.VOCABULARY,
-        num_key_value_heads=2,
-    )
-    model = gemma2.Model(args)
+    model = tiny.make_own_attention()
     with pytest.raises(UnsupportedModelError, match=r"mlx_lm\.models\.gemma2"):
         make_prompt_cache(model, 16)
     caches = [TOVACache(16) for _ in model.layers]
@@ -356,22 +343,7 @@ def test_a_model_with_its_own_attention_is_refused_by_name():
 
 
 def test_a_window_is_right_on_a_model_with_its_own_attention():
-    from mlx_lm.models import gemma2
-
-    mx.random.seed(2)
-    model = gemma2.Model(
-        gemma2.ModelArgs(
-            model_type="gemma2",
-            hidden_size=32,
-            num_hidden_layers=2,
-            intermediate_size=32,
-            num_attention_heads=4,
-            head_dim=8,
-            rms_norm_eps=1e-5,
-            vocab_size=tiny.VOCABULARY,
-            num_key_value_heads=2,
-        )
-    )
+    model = tiny.make_own_attention()
     tokens = tiny.tokens(50)
     for policy in ("window", "streaming"):
         one = tiny.feed(model, tokens, make_prompt_cache(model, 12, policy=policy), 1)

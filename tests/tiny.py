@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 from mlx.utils import tree_map
-from mlx_lm.models import llama
+from mlx_lm.models import gemma2, llama
 
 VOCABULARY = 101
 
@@ -24,6 +24,24 @@ def make(seed: int = 0, n_heads: int = 6, n_kv_heads: int = 2):
     )
     model.update(tree_map(lambda a: a * 3 if a.ndim > 1 else a, model.parameters()))
     return model
+
+
+def make_own_attention():
+    """A tiny Gemma 2, which computes its own attention."""
+    mx.random.seed(2)
+    return gemma2.Model(
+        gemma2.ModelArgs(
+            model_type="gemma2",
+            hidden_size=32,
+            num_hidden_layers=2,
+            intermediate_size=32,
+            num_attention_heads=4,
+            head_dim=8,
+            rms_norm_eps=1e-5,
+            vocab_size=VOCABULARY,
+            num_key_value_heads=2,
+        )
+    )
 
 
 def feed(model, tokens, cache, chunk):

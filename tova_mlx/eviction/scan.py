@@ -58,7 +58,7 @@ def scan(
     n_rows = len(positions)
     heads = batch * n_heads // n_rows
     logits = logits.reshape(n_rows, heads, length, columns)
-    sink = _per_row(np.tile(sinks, batch), n_rows) if sinks is not None else None
+    sink = None if sinks is None else np.tile(sinks, batch).reshape(n_rows, heads)
     factors = None
     if norms is not None:
         repeated = np.repeat(norms, n_heads // norms.shape[1], axis=1)
@@ -125,10 +125,6 @@ def scan(
     survivors = np.nonzero(living)[1].reshape(n_rows, -1)
     kept_scores = np.take_along_axis(scores, survivors, axis=1)
     return ScanResult(alive, survivors.astype(np.int32), kept_scores)
-
-
-def _per_row(per_head: Floats, n_rows: int) -> Floats:
-    return per_head.astype(np.float32).reshape(n_rows, -1)
 
 
 def _top(logits: Floats, sink: Floats | None) -> Floats:
