@@ -356,3 +356,13 @@ def test_prefill_options_that_cannot_work_are_refused():
         PolicyKVCache(8, "window", prefill="once")
     with pytest.raises(OptionError, match="Use 'stepwise' or 'once'"):
         TOVACache(8, prefill="fast")
+
+
+@pytest.mark.parametrize("policy", [p for p in POLICIES if p != "full"])
+def test_slots_lie_in_memory_in_order_after_a_prefill(model, policy):
+    # Any other layout is copied by every later product.
+    cache = make_prompt_cache(model, 16, policy=policy)
+    tiny.feed(model, tiny.tokens(40), cache, 40)
+    tiny.feed(model, tiny.tokens(3), cache, 1)
+    assert memoryview(cache[0].keys).c_contiguous
+    assert memoryview(cache[0].values).c_contiguous

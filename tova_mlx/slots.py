@@ -24,7 +24,9 @@ def to_mlx(array: Any) -> mx.array:
 def gather(array: mx.array, columns: Any) -> mx.array:
     """Take columns [B, H', m] of an array [B, H, S(, D)]; H' is 1 or H."""
     if columns.shape[0] == columns.shape[1] == 1:
-        return mx.take(array, to_mlx(columns).reshape(-1), axis=2)
+        taken = mx.take(array, to_mlx(columns).reshape(-1), axis=2)
+        # `take` gives a transposed layout, which every later product would copy.
+        return mx.contiguous(taken)
     columns = to_mlx(columns)
     index = columns.reshape(*columns.shape, *[1] * (array.ndim - 3))
     shape = (*array.shape[:2], columns.shape[2], *array.shape[3:])
@@ -40,7 +42,7 @@ class Slots:
         positions: int32 [B, H', slots]; None while slot i holds position i.
         scores: float32 [B, H', slots], for rules with memory.
         norms: float32 [B, n_kv_heads, slots] of the values, for value-weighted rules.
-        victim: int32 [B, H', 1], the slot to write next; None: slot `size()`.
+        victim: uint32 [B, H', 1], the slot to write next; None: slot `size()`.
     """
 
     step = 256
@@ -101,20 +103,16 @@ class Slots:
         self.values = self._write(self.values, values, start)
         if self.norms is not None:
             self.norms = self._write(self.norms, _l2_norms(values), start)
-        if self.victim is not None:
-            assert self.positions is not None
-            taken = mx.arange(n) == self.victim
-            self.positions = mx.where(taken, self.offset, self.positions)
-            if self.scores is not None:
-                self.scores = mx.where(taken, 0.0, self.scores)
-        elif self.positions is not None:
-            self.positions[..., start:n] = self.offset
+        if self.positions is not None:
+            position = self._numbered(keys, self.offset, length)
+            self.positions = self._write(self.positions, position, start)
+        if self.scores is not None and self.victim is not None:
+            zero = mx.zeros((*self.scores.shape[:2], length))
+            self.scores = self._write(self.scores, zero, start)
         self.offset += length
         if self.positions is None and n > self.size():
             self.positions = self._numbered(self.keys, 0, n)
-        if n == self.keys.shape[2]:
-            return self.keys, self.values
-        return self.keys[..., :n, :], self.values[..., :n, :]
+        return self.first(self.keys, n), self.first(self.values, n)
 
     def extend(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Put a block's rows after those held, in order of position, for `keep`.
@@ -160,7 +158,17 @@ class Slots:
         if self.rule.memory:
             assert self.keys is not None
             spare = self.keys.shape[2] - scores.shape[2]
-            self.scores = mx.pad(scores, [(0, 0), (0, 0), (0, spare)])
+            if spare:
+                scores = mx.pad(scores, [(0, 0), (0, 0), (0, spare)])
+            self.scores = scores
+
+    @staticmethod
+    def first(array: Any, n: int) -> Any:
+        """The first n slots of an array of the cache; None for one it lacks."""
+        # A slice of everything is still work for the device.
+        if array is None or array.shape[2] == n:
+            return array
+        return array[:, :, :n]
 
     def held_positions(self) -> mx.array:
         """int32 [B, H', size()], ascending."""

@@ -23,10 +23,11 @@ def update_scores(
     """
     if norms is not None:
         weights = weights * norms[:, :, None, :]
-    received = weights.mean(axis=2)
-    if not rule.per_head:
-        received = received.mean(axis=1, keepdims=True)
-    received = mx.where(mx.isnan(received), 0.0, received)
+    batch, n_kv_heads, _, columns = weights.shape
+    choosers = n_kv_heads if rule.per_head else 1
+    received = weights.reshape(batch, choosers, -1, columns).mean(axis=2)
+    if rule.memory or rule.value_weighted:
+        received = mx.where(mx.isnan(received), 0.0, received)
     if scores is None or not rule.memory:
         return received
     return rule.memory * scores + received
@@ -38,20 +39,16 @@ def choose_victim(
     """The slot with the lowest score among the unprotected; ties to the oldest.
 
     positions: int32 [R, S], every slot taken; newest: the position of the newest
-    token. Returns int32 [R, 1], always a slot of the cache, whatever the scores hold.
+    token. Returns uint32 [R, 1], always a slot of the cache, whatever the scores hold.
     """
-    candidates = None
-    if rule.n_sinks:
-        candidates = positions >= rule.n_sinks
-    if rule.n_recent:
-        old = positions <= newest - rule.n_recent
-        candidates = old if candidates is None else candidates & old
-    if scores is not None:
-        if candidates is not None:
+    ages = positions
+    if rule.n_sinks or rule.n_recent:
+        candidates = (positions >= rule.n_sinks) & (positions <= newest - rule.n_recent)
+        ages = mx.where(candidates, ages, _NEVER)
+        if scores is not None:
             scores = mx.where(candidates, scores, mx.inf)
-        # Not "<=": scores that are not numbers must leave all candidates standing.
-        lowest = ~(scores > scores.min(axis=-1, keepdims=True))
-        candidates = lowest if candidates is None else candidates & lowest
-    if candidates is not None:
-        positions = mx.where(candidates, positions, _NEVER)
-    return mx.argmin(positions, axis=-1, keepdims=True).astype(mx.int32)
+    if scores is not None:
+        # Scores that are not numbers must leave all candidates standing.
+        lowest = scores.min(axis=-1, keepdims=True)
+        ages = mx.where(scores > lowest, _NEVER, ages)
+    return mx.argmin(ages, axis=-1, keepdims=True)
