@@ -18,7 +18,7 @@ from . import attention
 from .block import attend_block
 from .errors import CacheStateError, OptionError, UnsupportedModelError
 from .eviction import choose_victim, update_scores, window_columns, window_mask
-from .logits import newest_weights
+from .newest import attend_newest
 from .policies import Granularity, Rule, settle
 from .slots import Slots, to_mlx
 
@@ -214,7 +214,12 @@ class PolicyKVCache:
             self._awaits = None
         if rule.memory or self._slots.evicted:
             if queries.shape[2] == 1:
-                return self._attend_newest(queries, keys, values, scale, mask, sinks)
+                output, weights = attend_newest(
+                    queries, keys, values, scale=scale, mask=mask, sinks=sinks
+                )
+                if rule.reads_attention:
+                    output = self._evict_after(output, weights)
+                return output
             if rule.reads_attention:
                 return self._attend_block(queries, keys, values, scale, mask, sinks)
         return mx.fast.scaled_dot_product_attention(
@@ -300,29 +305,9 @@ class PolicyKVCache:
             slots.positions, scores, slots.offset - 1, self.rule
         )
 
-    def _attend_newest(
-        self,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        scale: float,
-        mask: Any,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        weights = newest_weights(queries, keys, scale, mask, sinks)
-        if mx.metal.is_available():
-            output = mx.fast.scaled_dot_product_attention(
-                queries, keys, values, scale=scale, mask=mask, sinks=sinks
-            )
-        else:
-            # The fallback of mx.fast takes twice as long here.
-            output = (weights.astype(values.dtype) @ values).reshape(
-                *queries.shape[:3], values.shape[3]
-            )
-        slots = self._slots
-        if not self.rule.reads_attention:
-            return output
-        n = keys.shape[2]
+    def _evict_after(self, output: mx.array, weights: mx.array) -> mx.array:
+        """The output, once the newest query's weights have chosen who leaves."""
+        slots, n = self._slots, weights.shape[3]
         norms, old = slots.first(slots.norms, n), slots.first(slots.scores, n)
         scores = update_scores(weights, norms, old, self.rule)
         slots.remember(scores)

@@ -1,4 +1,4 @@
-"""Logits and weights, in float32 whatever the model's type."""
+"""Logits, in float32 whatever the model's type."""
 
 import mlx.core as mx
 
@@ -23,26 +23,3 @@ def masked_logits(
     if mask.dtype == mx.bool_:
         return mx.where(mask, logits, -mx.inf)
     return logits + mask.astype(mx.float32)
-
-
-def newest_weights(
-    queries: mx.array,
-    keys: mx.array,
-    scale: float,
-    mask: mx.array | str | None,
-    sinks: mx.array | None,
-) -> mx.array:
-    """One query's softmax weights, float32 [B, n_kv_heads, G, S].
-
-    queries: [B, n_heads, 1, head_dim]; keys: [B, n_kv_heads, S, head_dim]; sinks:
-    learned logits [n_heads], in the denominator only.
-    """
-    batch, n_kv_heads, columns = keys.shape[:3]
-    logits = masked_logits(queries, keys, scale, mask)
-    logits = logits.reshape(batch, n_kv_heads, -1, columns)
-    if sinks is None:
-        return mx.softmax(logits, axis=-1, precise=True)
-    learned = sinks.astype(mx.float32).reshape(1, n_kv_heads, -1, 1)
-    learned = mx.broadcast_to(learned, (*logits.shape[:3], 1))
-    joined = mx.concatenate([learned, logits], axis=-1)
-    return mx.softmax(joined, axis=-1, precise=True)[..., 1:]
