@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cache import PolicyKVCache, TOVACache
-    from .convert import make_prompt_cache
+    from .conversion import convert, make_prompt_cache, revert
     from .errors import TovaError
     from .policies import POLICIES
     from .report import Report, describe
@@ -21,8 +21,10 @@ __all__ = [
     "Report",
     "TOVACache",
     "TovaError",
+    "convert",
     "describe",
     "make_prompt_cache",
+    "revert",
 ]
 
 _HOMES = {
@@ -31,8 +33,10 @@ _HOMES = {
     "Report": "report",
     "TOVACache": "cache",
     "TovaError": "errors",
+    "convert": "conversion",
     "describe": "report",
-    "make_prompt_cache": "convert",
+    "make_prompt_cache": "conversion",
+    "revert": "conversion",
 }
 
 

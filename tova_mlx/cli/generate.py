@@ -55,7 +55,7 @@ def generate(
     from mlx_lm import stream_generate
     from mlx_lm.sample_utils import make_sampler
 
-    from ..convert import make_prompt_cache
+    from ..conversion import make_prompt_cache
     from ..report import describe
 
     tokens = _encode(tokenizer, text, options["no_chat_template"])

@@ -28,7 +28,7 @@ def info(as_json: bool, **options: Any) -> None:
     model, _, path = load(options["model"])
     from mlx_lm.models.cache import make_prompt_cache as make_default
 
-    from ..convert import make_prompt_cache
+    from ..conversion import make_prompt_cache
     from ..report import Report, bytes_per_token, describe, trace
 
     caches = make_prompt_cache(

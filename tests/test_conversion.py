@@ -1,0 +1,95 @@
+"""convert sets what mlx-lm's tools ask for caches, and revert puts it back."""
+
+import copy
+
+import mlx.core as mx
+import pytest
+import tiny
+from mlx_lm.generate import generate_step
+from mlx_lm.models import cache as mlx_lm_cache
+
+from tova_mlx import TOVACache, convert, describe, make_prompt_cache, revert
+from tova_mlx.errors import OptionError, UnsupportedModelError
+
+
+def kinds(model):
+    return [type(c).__name__ for c in mlx_lm_cache.make_prompt_cache(model)]
+
+
+def test_a_converted_model_makes_bounded_caches_for_every_tool():
+    model = tiny.make()
+    report = convert(model, 16)
+    assert kinds(model) == ["TOVACache"] * 3
+    assert mlx_lm_cache.make_prompt_cache(model, max_kv_size=999)[0].max_size == 16
+    assert report.totals["bytes_at_most"] > 0
+    assert describe(model).to_dict() == report.to_dict()
+    caches = mlx_lm_cache.make_prompt_cache(model)
+    prompt = tiny.tokens(50)[0]
+    got = [
+        t for t, _ in generate_step(prompt, model, prompt_cache=caches, max_tokens=9)
+    ]
+    assert sum(c.nbytes for c in caches) == report.totals["bytes_at_most"]
+    revert(model)
+    caches = make_prompt_cache(model, 16)
+    want = [
+        t for t, _ in generate_step(prompt, model, prompt_cache=caches, max_tokens=9)
+    ]
+    assert got == want
+
+
+def test_a_second_conversion_replaces_the_first():
+    model = tiny.make()
+    convert(model, 16)
+    convert(model, 32, policy="streaming", n_sinks=2)
+    assert [c.rule.policy for c in model.make_cache()] == ["streaming"] * 3
+    assert model.make_cache()[0].max_size == 32
+    revert(model)
+    assert kinds(model) == ["KVCache"] * 3
+
+
+@pytest.mark.parametrize("own", ["class", "instance", "none"])
+def test_reverting_restores_what_was_there(own, monkeypatch):
+    model = tiny.make()
+
+    def maker(_=None):
+        return [mlx_lm_cache.KVCache() for _ in range(3)]
+
+    if own == "class":
+        monkeypatch.setattr(type(model), "make_cache", maker, raising=False)
+    elif own == "instance":
+        model.make_cache = maker
+    before, had = dict(vars(model)), getattr(model, "make_cache", None)
+    convert(model, 16)
+    convert(model, 8)
+    assert isinstance(model.make_cache()[0], TOVACache)
+    revert(model)
+    assert vars(model) == before
+    assert getattr(model, "make_cache", None) == had
+    revert(model)
+    assert kinds(model) == ["KVCache"] * 3
+
+
+def test_a_conversion_that_cannot_work_leaves_the_model_as_it_was():
+    model = tiny.make()
+    convert(model, 16)
+    with pytest.raises(OptionError):
+        convert(model, 0)
+    assert model.make_cache()[0].max_size == 16
+    refused = tiny.make_own_attention()
+    with pytest.raises(UnsupportedModelError, match="computes its own attention"):
+        convert(refused, 16)
+    assert set(kinds(refused)) == {"KVCache"}
+
+
+def test_caches_of_a_converted_model_can_be_copied():
+    # The server copies stored caches before it uses them.
+    model = tiny.make()
+    convert(model, 8)
+    caches = model.make_cache()
+    tiny.feed(model, tiny.tokens(20), caches, 20)
+    twin = copy.deepcopy(caches)
+    tiny.feed(model, tiny.tokens(5), caches, 5)
+    a = tiny.feed(model, tiny.tokens(4), twin, 4)
+    fresh = model.make_cache()
+    tiny.feed(model, tiny.tokens(20), fresh, 20)
+    assert mx.array_equal(a, tiny.feed(model, tiny.tokens(4), fresh, 4))
