@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .errors import TovaError
     from .policies import POLICIES
     from .report import Report, describe
+    from .saved import load_prompt_cache, save_prompt_cache
 
 __version__ = "0.1.0"
 
@@ -23,8 +24,10 @@ __all__ = [
     "TovaError",
     "convert",
     "describe",
+    "load_prompt_cache",
     "make_prompt_cache",
     "revert",
+    "save_prompt_cache",
 ]
 
 _HOMES = {
@@ -35,8 +38,10 @@ _HOMES = {
     "TovaError": "errors",
     "convert": "conversion",
     "describe": "report",
+    "load_prompt_cache": "saved",
     "make_prompt_cache": "conversion",
     "revert": "conversion",
+    "save_prompt_cache": "saved",
 }
 
 

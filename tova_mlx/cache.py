@@ -19,7 +19,7 @@ from .block import attend_block
 from .errors import CacheStateError, OptionError, UnsupportedModelError
 from .eviction import choose_victim, update_scores, window_columns, window_mask
 from .newest import attend_newest
-from .policies import Granularity, Rule, settle
+from .policies import POLICIES, Granularity, Rule, settle
 from .slots import Slots, to_mlx
 
 _STATE_VERSION = 1
@@ -269,7 +269,10 @@ class PolicyKVCache:
             if config["version"] != _STATE_VERSION:
                 raise ValueError(f"version {config['version']}")
             rule = Rule(**config["rule"])
-            keys, values, positions, scores, norms, victim = arrays
+            options = {o: config["rule"][o] for o in POLICIES[rule.policy].options}
+            if settle(rule.policy, rule.max_size, options) != rule:
+                raise ValueError("a rule that no options give")
+            slots = Slots.restored(rule, offset, arrays)
             prefill = config["prefill"]
         except (TypeError, ValueError, KeyError) as error:
             raise CacheStateError(
@@ -277,10 +280,7 @@ class PolicyKVCache:
                 "with this version."
             ) from error
         self._configure(rule, prefill)
-        slots = self._slots
-        slots.keys, slots.values, slots.offset = keys, values, offset
-        slots.positions, slots.scores = positions, scores
-        slots.norms, slots.victim = norms, victim
+        self._slots = slots
 
     @classmethod
     def from_state(cls, state: tuple[Any, ...]) -> "PolicyKVCache":

@@ -78,6 +78,55 @@ class Slots:
             self.victim,
         )
 
+    @classmethod
+    def restored(cls, rule: Rule, offset: Any, arrays: Any) -> "Slots":
+        """Slots with the given `offset` and `arrays`; ValueError if they cannot be."""
+        slots = cls(rule)
+        (
+            slots.keys,
+            slots.values,
+            slots.positions,
+            slots.scores,
+            slots.norms,
+            slots.victim,
+        ) = arrays
+        slots.offset = offset
+        slots._check()
+        return slots
+
+    def _check(self) -> None:
+        """ValueError unless shapes, types and slot numbers belong together."""
+        if not isinstance(self.offset, int) or self.offset < 0:
+            raise ValueError(f"{self.offset!r} tokens seen")
+        if self.keys is None or self.values is None:
+            if self.offset or any(a is not None for a in self.arrays):
+                raise ValueError("no keys")
+            return
+        if self.keys.ndim != 4 or self.values.shape[:3] != self.keys.shape[:3]:
+            raise ValueError(f"keys {self.keys.shape}, values {self.values.shape}")
+        rows = self.keys.shape[:3]
+        per_chooser = (rows[0], self._choosers(self.keys), rows[2])
+        limit = self.rule.max_size
+        if rows[2] < self.size() or (limit is not None and rows[2] > limit + 1):
+            raise ValueError(f"{rows[2]} slots for {self.size()} tokens")
+        expected = {
+            "positions": (self.positions, per_chooser, mx.int32, self.evicted),
+            "scores": (self.scores, per_chooser, mx.float32, self.rule.memory),
+            "norms": (self.norms, rows, mx.float32, self.rule.value_weighted),
+            "victim": (self.victim, (*per_chooser[:2], 1), mx.uint32, False),
+        }
+        for name, (array, shape, dtype, needed) in expected.items():
+            if array is None and not needed:
+                continue
+            if array is None or array.shape != shape or array.dtype != dtype:
+                raise ValueError(f"{name} are not {dtype} {list(shape)}")
+        # A slot number past the end would write outside the array.
+        if self.victim is not None and mx.any(self.victim >= rows[2]).item():
+            raise ValueError(f"a victim past {rows[2]} slots")
+        held = np.array(self.held_positions())
+        if not (np.diff(held) > 0).all() or not (held < self.offset).all():
+            raise ValueError("positions that no prompt gives")
+
     @property
     def max_nbytes(self) -> int | None:
         """Bytes that the arrays can reach; None if unlimited or still empty."""
