@@ -115,6 +115,7 @@ def main() -> None:
                 bytes_now = sum(c.nbytes for c in late)
                 marks[i + 1] = (bytes_now, mx.get_peak_memory())
                 mx.reset_peak_memory()
+        print(f"{args.decode_tokens} tokens decoded", file=sys.stderr, flush=True)
         early_bytes, early_peak = marks[LENGTH]
         late_bytes, late_peak = marks[args.decode_tokens]
         result["decoded_tokens"] = args.decode_tokens

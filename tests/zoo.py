@@ -93,7 +93,343 @@ SIZES = {
     "full_attention_interval": 2,
 }
 
-CONFIGS: dict[str, dict] = {}
+# Shared by several families.
+YARN = {
+    "type": "yarn",
+    "factor": 40,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 4096,
+}
+ROPES = {
+    "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+    "full_attention": {"rope_theta": 100000.0, "rope_type": "default"},
+}
+GEMMA4 = {
+    "global_head_dim": 32,
+    "rope_parameters": ROPES,
+}
+GRANITE = {
+    "logits_scaling": 1.0,
+    "attention_multiplier": 0.25,
+    "embedding_multiplier": 2.0,
+    "residual_multiplier": 1.0,
+}
+KDA = {
+    "num_heads": 2,
+    "head_dim": 32,
+    "short_conv_kernel_size": 4,
+    "kda_layers": [1, 3],
+}
+LFM = {
+    "layer_types": ["conv", "full_attention"] * 2,
+    "block_dim": 64,
+    "block_ff_dim": 64,
+    "block_multiple_of": 4,
+    "block_ffn_dim_multiplier": 1.0,
+    "block_auto_adjust_ff_dim": True,
+}
+LONGCAT = {
+    "num_layers": 2,
+    "attention_method": "MLA",
+    "zero_expert_type": "identity",
+    "zero_expert_num": 2,
+    "ffn_hidden_size": 64,
+    "expert_ffn_hidden_size": 32,
+    "moe_topk": 2,
+    "mla_scale_q_lora": True,
+    "mla_scale_kv_lora": True,
+}
+MINICPM = {"dim_model_base": 32, "scale_depth": 1.4, "scale_emb": 2.0}
+
+CONFIGS: dict[str, dict] = {
+    "afm7": {"hidden_dim": 64, "num_kv_reuse_layers": 2},
+    "apertus": {"post_norm": True, "qk_norm": True},
+    "baichuan_m1": {"sliding_window_layers": [0, 2], "conv_window": 2},
+    "dbrx": {
+        "d_model": 64,
+        "n_layers": 4,
+        "n_heads": 4,
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+    },
+    "deepseek_v2": {"rope_scaling": YARN},
+    "deepseek_v41": {
+        "head_dim": 32,
+        "o_groups": 2,
+        "o_lora_rank": 16,
+        "compress_ratios": [0, 4, 4, 4],
+        "kv_source_layer_ids": [1],
+        "index_source_layer_ids": [1, 3],
+        "candidate_source_layer_id": 1,
+        "candidate_topk_blocks": 2,
+        "candidate_block_size": 2,
+        "index_n_heads": 2,
+        "index_head_dim": 32,
+        "index_topk": 3,
+    },
+    "exaone4": {"sliding_window_pattern": "LG"},
+    "exaone_moe": {"is_moe_layer": [False, True, True, True]},
+    "gemma3": {"text_config": {}},
+    "gemma3n": {
+        "text_config": {
+            "num_kv_shared_layers": 2,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 16,
+            "rope_local_base_freq": 10000.0,
+            "final_logit_softcapping": 30.0,
+            "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
+            "altup_num_inputs": 2,
+            "altup_coef_clip": 10.0,
+            "altup_correct_scale": True,
+            "altup_active_idx": 0,
+            "laurel_rank": 8,
+        }
+    },
+    "gemma4": {
+        "text_config": {
+            **GEMMA4,
+            "num_kv_shared_layers": 0,
+            "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "enable_moe_block": True,
+            "top_k_experts": 2,
+        }
+    },
+    "gemma4_text": {
+        **GEMMA4,
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": VOCABULARY,
+    },
+    "glm_moe_dsa": {
+        "index_head_dim": 32,
+        "index_n_heads": 2,
+        "index_topk": 16,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+    },
+    "deepseek_v32": {"index_head_dim": 32, "index_n_heads": 2, "index_topk": 16},
+    "gpt2": {"n_ctx": 1024},
+    "gpt_bigcode": {"n_inner": 64},
+    "gpt_neox": {"rotary_emb_base": 10000, "rotary_pct": 0.5},
+    "gptj": {"rotary_dim": 8},
+    "granite": GRANITE,
+    "granitemoe": GRANITE,
+    "granitemoehybrid": {
+        **GRANITE,
+        "layer_types": ["mamba", "attention"] * 2,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "mamba_d_conv": 4,
+        "mamba_n_groups": 2,
+        "mamba_proj_bias": False,
+        "mamba_conv_bias": True,
+    },
+    "hunyuan": {
+        "moe_topk": 2,
+        "num_shared_expert": 1,
+        "use_mixed_mlp_moe": True,
+        "use_cla": True,
+        "cla_share_factor": 2,
+    },
+    "iquestloopcoder": {"loop_window_size": 16},
+    "jamba": {
+        "attn_layer_offset": 1,
+        "attn_layer_period": 2,
+        "expert_layer_offset": 1,
+        "expert_layer_period": 2,
+        "mamba_d_conv": 4,
+        "mamba_d_state": 16,
+        "mamba_expand": 2,
+    },
+    "kimi_k25": {"text_config": {"rope_scaling": YARN}},
+    "kimi_k3": {
+        "text_config": {
+            "linear_attn_config": KDA,
+            "attn_res_block_size": 2,
+            "mla_use_output_gate": True,
+            "activation_situ_beta": 4.0,
+            "activation_situ_linear_beta": 25.0,
+        }
+    },
+    "kimi_linear": {"linear_attn_config": KDA, "model_max_length": 1024},
+    "kimi_vl": {"text_config": {}},
+    "lfm2": LFM,
+    "lfm2-vl": {"text_config": LFM},
+    "lfm2_moe": {**LFM, "use_expert_bias": True},
+    "lille-130m": {"block_size": 1024},
+    "llama4": {
+        "text_config": {
+            "attention_chunk_size": 72,
+            "interleave_moe_layer_step": 2,
+            "intermediate_size_mlp": 64,
+        }
+    },
+    "llama4_text": {"intermediate_size_mlp": 64, "no_rope_layers": [1, 1, 1, 0]},
+    "longcat_flash": LONGCAT,
+    "longcat_flash_ngram": {
+        **LONGCAT,
+        "ngram_vocab_size_ratio": 2,
+        "emb_neighbor_num": 3,
+        "emb_split_num": 2,
+    },
+    "mamba": {"state_size": 16, "time_step_rank": 4},
+    "mamba2": {
+        "state_size": 16,
+        "n_groups": 2,
+        "time_step_limit": [0.001, 100.0],
+        "time_step_rank": 4,
+    },
+    "mellum": {"rope_parameters": ROPES},
+    "mimo_v2_flash": {
+        "hybrid_layer_pattern": [0, 1, 0, 1],
+        "moe_layer_freq": [0, 1, 1, 1],
+        "add_swa_attention_sink_bias": True,
+        "add_full_attention_sink_bias": False,
+        "sliding_window_size": 72,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "layernorm_epsilon": 1e-5,
+        "swa_rope_theta": 10000.0,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2,
+        "head_dim": 24,
+        "swa_head_dim": 24,
+        "swa_v_head_dim": 16,
+        "attention_value_scale": 0.7,
+    },
+    "minicpm": MINICPM,
+    "minicpm3": MINICPM,
+    "minimax": {"rotary_dim": 8, "layer_types": None},
+    "minimax_m3_vl": {
+        "text_config": {
+            "dense_intermediate_size": 64,
+            "mlp_layer_types": ["dense"] + ["sparse"] * 3,
+            "layer_types": ["full_attention", "sparse_attention"] * 2,
+            "index_n_heads": 2,
+            "index_head_dim": 16,
+            "index_block_size": 4,
+            "index_topk_blocks": 4,
+        }
+    },
+    "mistral3": {"text_config": {}},
+    "muse_spark": {
+        "text_config": {
+            "post_norm_eps": 1e-5,
+            "layer_rope_theta": [10000.0, 0, 10000.0, 0],
+            "final_logit_softcapping": 20.0,
+            "output_multiplier": 0.2,
+            "moe_hidden_size": 32,
+            "num_shared_experts": 0,
+        }
+    },
+    "nanbeige": {"num_loops": 2},
+    "nemotron": {"hidden_act": "relu2"},
+    "nemotron-nas": {
+        "block_configs": [
+            {"attention": {"n_heads_in_group": 2}, "ffn": {"ffn_mult": 1.0}},
+            {"attention": {"no_op": True}, "ffn": {"ffn_mult": 1.0}},
+            {"attention": {"replace_with_linear": True}, "ffn": {"no_op": True}},
+            {
+                "attention": {"n_heads_in_group": 4},
+                "ffn": {"replace_with_linear": True},
+            },
+        ],
+    },
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "attention", "moe", "mlp", "attention"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "mamba_proj_bias": False,
+        "ssm_state_size": 16,
+        "n_groups": 2,
+    },
+    "olmo_hybrid": {
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_allow_neg_eigval": True,
+    },
+    "openelm": {
+        "num_transformer_layers": 4,
+        "model_dim": 64,
+        "ffn_dim_divisor": 16,
+        "num_query_heads": [4, 4, 6, 6],
+        "num_kv_heads": [2, 2, 3, 3],
+        "ffn_multipliers": [0.5, 1.0, 1.0, 1.5],
+    },
+    "phi3small": {
+        "dense_attention_every_n_layers": 2,
+        "ff_intermediate_size": 64,
+        "gegelu_limit": 20.0,
+        "blocksparse_block_size": 16,
+        "blocksparse_num_local_blocks": 2,
+        "blocksparse_vert_stride": 2,
+    },
+    "phimoe": {
+        "rope_scaling": {
+            "type": "longrope",
+            "long_factor": [1.0] * 8,
+            "short_factor": [1.0] * 8,
+            "long_mscale": 1.2,
+            "short_mscale": 1.2,
+            "original_max_position_embeddings": 4096,
+        }
+    },
+    "phixtral": {"num_vocab": VOCABULARY, "model_dim": 64, "rotary_dim": 8},
+    "pixtral": {"text_config": {}},
+    "plamo": {"n_shared_head": 2},
+    "plamo2": {
+        "hidden_size_per_head": 16,
+        "mamba_d_state": 16,
+        "mamba_num_heads": 4,
+    },
+    "prism_hadamard_qwen35": {
+        "tensor_namespace": "mlx-vlm-qwen3_5",
+        "quantization": {"bits": 2, "group_size": 128, "mode": "affine"},
+        "modules": [
+            {
+                "path": "model.layers.0.mlp.down_proj",
+                "embedding": False,
+                "dtype": "float16",
+                "block": 512,
+            }
+        ],
+        "text_config": {"num_experts": 0, "intermediate_size": 512},
+    },
+    "qwen": {"kv_channels": 16},
+    "qwen2_vl": {"text_config": {"model_type": "qwen2_vl"}},
+    "qwen3_5": {"text_config": {"num_experts": 0}},
+    "qwen3_5_moe": {"text_config": {}},
+    "qwen3_vl": {"text_config": {"model_type": "qwen3"}},
+    "qwen3_vl_moe": {"text_config": {"model_type": "qwen3_moe"}},
+    "recurrent_gemma": {
+        "conv1d_width": 4,
+        "logits_soft_cap": 30.0,
+        "attention_window_size": 72,
+        "block_types": ["recurrent", "attention"],
+    },
+    "rwkv7": {
+        "a_low_rank_dim": 8,
+        "v_low_rank_dim": 8,
+        "gate_low_rank_dim": 8,
+        "decay_low_rank_dim": 8,
+    },
+    "spark2_5": {"rope_parameters": ROPES},
+    "stablelm": {"use_qkv_bias": True},
+    "step3p5": {
+        "num_attention_groups": 2,
+        "attention_other_setting": {
+            "num_attention_heads": 6,
+            "num_attention_groups": 3,
+        },
+        "moe_top_k": 2,
+        "share_expert_dim": 32,
+    },
+}
 
 
 def families() -> list[str]:
