@@ -227,36 +227,6 @@ def test_a_state_that_is_not_ours_is_refused():
         TOVACache.from_state((mx.zeros(3), mx.zeros(3), 3))
 
 
-@pytest.mark.parametrize("policy", ["full", "window", "streaming", "tova"])
-def test_trim_is_as_if_the_tokens_had_not_been(model, policy):
-    tokens = tiny.tokens(30)
-    caches = make_prompt_cache(model, 24, policy=policy)
-    tiny.feed(model, tokens[:, :20], caches, 20)
-    assert all(c.is_trimmable() for c in caches)
-    assert mlx_lm_cache.trim_prompt_cache(caches, 6) == 6
-    assert caches[0].offset == caches[0].size() == 14
-    fresh = make_prompt_cache(model, 24, policy=policy)
-    tiny.feed(model, tokens[:, :14], fresh, 14)
-    rest = tokens[:, 15:29]
-    difference = tiny.feed(model, rest, caches, 1) - tiny.feed(model, rest, fresh, 1)
-    assert mx.abs(difference).max().item() < 1e-4
-
-
-@pytest.mark.parametrize("policy", [p for p in POLICIES if p != "full"])
-def test_trim_is_refused_once_a_token_was_evicted(model, policy):
-    caches = make_prompt_cache(model, 12, policy=policy)
-    tiny.feed(model, tiny.tokens(13), caches, 13)
-    assert not caches[0].is_trimmable()
-    with pytest.raises(CacheStateError, match="Start a new cache"):
-        caches[0].trim(1)
-
-
-def test_a_policy_with_memory_refuses_to_trim(model):
-    caches = make_prompt_cache(model, 24, policy="h2o")
-    tiny.feed(model, tiny.tokens(5), caches, 5)
-    assert not caches[0].is_trimmable()
-
-
 @pytest.mark.parametrize(("policy", "options"), CASES)
 def test_generate_step_runs_and_bytes_stay(model, policy, options):
     caches = make_prompt_cache(model, 16, policy=policy, **options)
@@ -267,7 +237,9 @@ def test_generate_step_runs_and_bytes_stay(model, policy, options):
     sizes = [sum(c.nbytes for c in caches) for _ in steps]
     assert caches[0].offset == 80
     if policy != "full":
-        assert len(set(sizes)) == 1
+        # Once the journal holds its 16 steps.
+        assert len(set(sizes[16:])) == 1
+        assert max(sizes) == sum(c.max_nbytes for c in caches)
         assert sizes[0] == sum(c.max_nbytes for c in caches)
 
 

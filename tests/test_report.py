@@ -8,7 +8,7 @@ from tova_mlx import describe, make_prompt_cache
 def test_rows_say_what_each_layer_holds():
     model = tiny.make()
     caches = make_prompt_cache(model, 16, policy="fade")
-    tiny.feed(model, tiny.tokens(30), caches, [29, 1])
+    tiny.feed(model, tiny.tokens(50), caches, [29] + [1] * 21)
     report = describe(caches)
     assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
     row = report.rows[1]
@@ -16,7 +16,7 @@ def test_rows_say_what_each_layer_holds():
         1,
         "fade",
         16,
-        30,
+        50,
     )
     assert row.bytes_now == caches[1].nbytes == row.bytes_at_most
     assert report.totals["bytes_now"] == sum(c.nbytes for c in caches)

@@ -4,6 +4,7 @@ One table of small sizes is offered to the ModelArgs of every family, which take
 names they know. CONFIGS holds what a family needs beyond it.
 """
 
+import copy
 import importlib
 import importlib.util
 import pkgutil
@@ -59,6 +60,9 @@ SIZES = {
     "num_local_experts": 4,
     "n_routed_experts": 4,
     "moe_num_experts": 4,
+    "moe_num_shared_experts": 1,
+    "moe_k": 2,
+    "moe_layer_start_index": 1,
     "num_experts_per_tok": 2,
     "num_experts_per_token": 2,
     "n_shared_experts": 1,
@@ -82,6 +86,20 @@ SIZES = {
     "layer_group_size": 2,
     "group_norm_size": 1,
     "conv_kernel": 4,
+    "state_size": 16,
+    "ssm_state_size": 16,
+    "time_step_rank": 4,
+    "n_groups": 2,
+    "mamba_n_heads": 4,
+    "mamba_num_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_head_dim": 16,
+    "mamba_d_state": 16,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_n_groups": 2,
+    "mamba_proj_bias": False,
+    "mamba_conv_bias": True,
     "conv_L_cache": 3,
     "use_conv_bias": True,
     "conv_bias": True,
@@ -107,10 +125,12 @@ ROPES = {
     "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
     "full_attention": {"rope_theta": 100000.0, "rope_type": "default"},
 }
-GEMMA4 = {
-    "global_head_dim": 32,
-    "rope_parameters": ROPES,
+SCALED_QUERIES = {
+    **SIZES["rope_parameters"],
+    "llama_4_scaling_beta": 0.1,
+    "original_max_position_embeddings": 16,
 }
+GEMMA4 = {"global_head_dim": 32, "rope_parameters": ROPES}
 GRANITE = {
     "logits_scaling": 1.0,
     "attention_multiplier": 0.25,
@@ -148,6 +168,8 @@ CONFIGS: dict[str, dict] = {
     "afm7": {"hidden_dim": 64, "num_kv_reuse_layers": 2},
     "apertus": {"post_norm": True, "qk_norm": True},
     "baichuan_m1": {"sliding_window_layers": [0, 2], "conv_window": 2},
+    # What its norms of queries and keys start with is zero, and made small here.
+    "cohere": {"scale": 5.0},
     "dbrx": {
         "d_model": 64,
         "n_layers": 4,
@@ -156,6 +178,7 @@ CONFIGS: dict[str, dict] = {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
     },
     "deepseek_v2": {"rope_scaling": YARN},
+    "deepseek_v32": {"index_head_dim": 32, "index_n_heads": 2, "index_topk": 16},
     "deepseek_v41": {
         "head_dim": 32,
         "o_groups": 2,
@@ -172,6 +195,16 @@ CONFIGS: dict[str, dict] = {
     },
     "exaone4": {"sliding_window_pattern": "LG"},
     "exaone_moe": {"is_moe_layer": [False, True, True, True]},
+    # Without that norm, what the state adds outweighs what attention adds.
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_rms_norm": True},
+    "gear": {
+        "layer_types": [
+            "conv_mixer",
+            "sliding_attention",
+            "full_attention",
+            "conv_mixer",
+        ]
+    },
     "gemma3": {"text_config": {}},
     "gemma3n": {
         "text_config": {
@@ -212,29 +245,19 @@ CONFIGS: dict[str, dict] = {
         "topk_method": "noaux_tc",
         "scoring_func": "sigmoid",
     },
-    "deepseek_v32": {"index_head_dim": 32, "index_n_heads": 2, "index_topk": 16},
     "gpt2": {"n_ctx": 1024},
     "gpt_bigcode": {"n_inner": 64},
     "gpt_neox": {"rotary_emb_base": 10000, "rotary_pct": 0.5},
     "gptj": {"rotary_dim": 8},
     "granite": GRANITE,
     "granitemoe": GRANITE,
-    "granitemoehybrid": {
-        **GRANITE,
-        "layer_types": ["mamba", "attention"] * 2,
-        "mamba_n_heads": 4,
-        "mamba_d_head": 16,
-        "mamba_d_state": 16,
-        "mamba_d_conv": 4,
-        "mamba_n_groups": 2,
-        "mamba_proj_bias": False,
-        "mamba_conv_bias": True,
-    },
+    "granitemoehybrid": {**GRANITE, "layer_types": ["mamba", "attention"] * 2},
     "hunyuan": {
         "moe_topk": 2,
         "num_shared_expert": 1,
         "use_mixed_mlp_moe": True,
         "use_cla": True,
+        "rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 1000.0},
         "cla_share_factor": 2,
     },
     "iquestloopcoder": {"loop_window_size": 16},
@@ -243,9 +266,6 @@ CONFIGS: dict[str, dict] = {
         "attn_layer_period": 2,
         "expert_layer_offset": 1,
         "expert_layer_period": 2,
-        "mamba_d_conv": 4,
-        "mamba_d_state": 16,
-        "mamba_expand": 2,
     },
     "kimi_k25": {"text_config": {"rope_scaling": YARN}},
     "kimi_k3": {
@@ -265,6 +285,7 @@ CONFIGS: dict[str, dict] = {
     "lille-130m": {"block_size": 1024},
     "llama4": {
         "text_config": {
+            "num_experts_per_tok": 1,
             "attention_chunk_size": 72,
             "interleave_moe_layer_step": 2,
             "intermediate_size_mlp": 64,
@@ -278,13 +299,7 @@ CONFIGS: dict[str, dict] = {
         "emb_neighbor_num": 3,
         "emb_split_num": 2,
     },
-    "mamba": {"state_size": 16, "time_step_rank": 4},
-    "mamba2": {
-        "state_size": 16,
-        "n_groups": 2,
-        "time_step_limit": [0.001, 100.0],
-        "time_step_rank": 4,
-    },
+    "mamba2": {"time_step_limit": [0.001, 100.0]},
     "mellum": {"rope_parameters": ROPES},
     "mimo_v2_flash": {
         "hybrid_layer_pattern": [0, 1, 0, 1],
@@ -304,7 +319,10 @@ CONFIGS: dict[str, dict] = {
         "attention_value_scale": 0.7,
     },
     "minicpm": MINICPM,
-    "minicpm3": MINICPM,
+    "minicpm3": {
+        **MINICPM,
+        "rope_scaling": {"short_factor": [1.0] * 4, "long_factor": [1.0] * 4},
+    },
     "minimax": {"rotary_dim": 8, "layer_types": None},
     "minimax_m3_vl": {
         "text_config": {
@@ -317,17 +335,11 @@ CONFIGS: dict[str, dict] = {
             "index_topk_blocks": 4,
         }
     },
-    "mistral3": {"text_config": {}},
-    "muse_spark": {
-        "text_config": {
-            "post_norm_eps": 1e-5,
-            "layer_rope_theta": [10000.0, 0, 10000.0, 0],
-            "final_logit_softcapping": 20.0,
-            "output_multiplier": 0.2,
-            "moe_hidden_size": 32,
-            "num_shared_experts": 0,
-        }
+    "ministral3": {"rope_parameters": SCALED_QUERIES},
+    "mistral3": {
+        "text_config": {"model_type": "ministral3", "rope_parameters": SCALED_QUERIES}
     },
+    "mistral4": {"rope_parameters": SCALED_QUERIES},
     "nanbeige": {"num_loops": 2},
     "nemotron": {"hidden_act": "relu2"},
     "nemotron-nas": {
@@ -343,11 +355,6 @@ CONFIGS: dict[str, dict] = {
     },
     "nemotron_h": {
         "layers_block_type": ["mamba", "attention", "moe", "mlp", "attention"],
-        "mamba_num_heads": 4,
-        "mamba_head_dim": 16,
-        "mamba_proj_bias": False,
-        "ssm_state_size": 16,
-        "n_groups": 2,
     },
     "olmo_hybrid": {
         "layer_types": ["linear_attention", "full_attention"] * 2,
@@ -365,9 +372,6 @@ CONFIGS: dict[str, dict] = {
         "dense_attention_every_n_layers": 2,
         "ff_intermediate_size": 64,
         "gegelu_limit": 20.0,
-        "blocksparse_block_size": 16,
-        "blocksparse_num_local_blocks": 2,
-        "blocksparse_vert_stride": 2,
     },
     "phimoe": {
         "rope_scaling": {
@@ -380,13 +384,9 @@ CONFIGS: dict[str, dict] = {
         }
     },
     "phixtral": {"num_vocab": VOCABULARY, "model_dim": 64, "rotary_dim": 8},
-    "pixtral": {"text_config": {}},
+    "pixtral": {"text_config": {"model_type": "llama"}},
     "plamo": {"n_shared_head": 2},
-    "plamo2": {
-        "hidden_size_per_head": 16,
-        "mamba_d_state": 16,
-        "mamba_num_heads": 4,
-    },
+    "plamo2": {"hidden_size_per_head": 16},
     "prism_hadamard_qwen35": {
         "tensor_namespace": "mlx-vlm-qwen3_5",
         "quantization": {"bits": 2, "group_size": 128, "mode": "affine"},
@@ -431,6 +431,14 @@ CONFIGS: dict[str, dict] = {
     },
 }
 
+# Those that cannot be built, or that cannot run.
+BROKEN = {
+    "bitnet": "its BitLinear multiplies packed weights in a Metal kernel only",
+    "olmo": "importing it ends the process without ai2-olmo, and with that package it "
+    'still adds its mask to the scores, which is the string "causal" for a chunk',
+    "muse_spark": "its norms, gates and routing are Metal kernels without a fallback",
+}
+
 
 def families() -> list[str]:
     """Names of the modules of mlx-lm with a Model and its ModelArgs."""
@@ -448,20 +456,33 @@ def families() -> list[str]:
 
 def make(name: str, seed: int = 0):
     """A tiny model of a family in float32, with spiky attention."""
+    if name in BROKEN:
+        raise NotImplementedError(f"{name}: {BROKEN[name]}")
     config = {**SIZES, "model_type": name, **CONFIGS.get(name, {})}
     scale = config.pop("scale", 2.5)
     if "text_config" in config:
-        config["text_config"] = {**SIZES, **config["text_config"]}
+        config["text_config"] = {**SIZES, "model_type": name, **config["text_config"]}
     module = importlib.import_module(f"mlx_lm.models.{name}")
     mx.random.seed(seed)
-    model = module.Model(module.ModelArgs.from_dict(config))
+    # A copy: some ModelArgs change the dicts in theirs.
+    model = module.Model(module.ModelArgs.from_dict(copy.deepcopy(config)))
+    if name == "phi3small":
+        # Ids of the full vocabulary, where it writes to the logits.
+        model._dummy_tokenizer_ids = mx.array([], mx.int32)
 
     def fill(path, a):
-        if not mx.issubdtype(a.dtype, mx.floating):
-            return a
+        if a.dtype == mx.uint32:  # quantized
+            return mx.random.randint(0, 2**16, a.shape).astype(a.dtype)
         a = a.astype(mx.float32)
+        if path.endswith(("scales", "biases")):
+            return mx.random.uniform(-0.05, 0.05, a.shape)
+        if a.ndim == 0 or path.endswith("signs"):
+            return a
+        if a.ndim == 1 and (a == 1).all():  # of a norm
+            return mx.random.uniform(0.5, 2.5, a.shape)
         if not a.any():
-            return mx.random.uniform(-0.5, 0.5, a.shape)
+            # One side of zero for a gain that is added to 1.
+            a = mx.random.uniform(-0.5, 1.5 if a.ndim == 1 else 0.5, a.shape)
         return a * scale if a.ndim > 1 else a
 
     model.update(tree_map_with_path(fill, model.parameters()))

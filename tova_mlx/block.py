@@ -5,12 +5,13 @@ outputs. Long chunks are cut into blocks and the dead columns dropped between th
 that logits stay small and attention costs rows x (max_size + block).
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from .eviction import scan
+from .eviction import ScanResult, scan
 from .logits import masked_logits
 from .policies import Rule
 from .slots import gather, to_mlx
@@ -19,11 +20,18 @@ BLOCK = 256
 
 
 class BlockResult(NamedTuple):
-    """output [B, n_heads, L, head_dim]; survivors int32 and scores [B, H', kept]."""
+    """Output [B, n_heads, L, head_dim], and what became of the columns.
+
+    survivors: int32 [B, H', kept] and their scores; gone: the columns that left, in
+    order of step [B, H', n]; before: the scores [B, H', n] of those held before each
+    of the last rows, in order of position (rules with memory).
+    """
 
     output: mx.array
     survivors: np.ndarray[Any, Any]
     scores: np.ndarray[Any, Any]
+    gone: np.ndarray[Any, Any]
+    before: list[np.ndarray[Any, Any]]
 
 
 def attend_block(
@@ -39,13 +47,14 @@ def attend_block(
     norms: np.ndarray[Any, Any] | None,
     rule: Rule,
     cut_once: bool,
+    n_before: int,
 ) -> BlockResult:
     """Outputs and survivors of L rows over the columns held plus their own.
 
     queries: [B, n_heads, L, D]; keys, values: [B, n_kv_heads, N, D], N = held + L, in
     order of position; positions: int32 [B, H', N]; scores: float32 [B, H', held];
     norms: float32 [B, n_kv_heads, N]. "causal" is what a row may look at if the mask
-    is no array.
+    is no array; n_before: how many rows' earlier scores are wanted.
     """
     batch, n_heads, length, _ = queries.shape
     n_columns = keys.shape[2]
@@ -56,7 +65,7 @@ def attend_block(
     if scores is not None:
         living_scores = scores
     learned = None if sinks is None else np.array(sinks.astype(mx.float32))
-    outputs = []
+    outputs, gone, before = [], [], []
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
         own = np.arange(held + start, held + stop, dtype=np.int32)
@@ -84,6 +93,12 @@ def attend_block(
         kept = result.survivors.reshape(batch, choosers, -1)
         living = np.take_along_axis(columns, kept, axis=2)
         living_scores = result.scores.reshape(kept.shape)
+        left = result.gone.reshape(batch, choosers, -1)
+        gone.append(np.take_along_axis(columns, left, axis=2))
+        if rule.memory and n_before:
+            before += [
+                b.reshape(batch, choosers, -1) for b in _before(result, n_before)
+            ]
         alive = to_mlx(result.alive.reshape(batch, choosers, stop - start, m))
         alive = mx.repeat(alive, n_heads // choosers, axis=1) if choosers > 1 else alive
         alive = _merge(alive, block_mask, queries.dtype)
@@ -93,7 +108,23 @@ def attend_block(
             )
         )
     output = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
-    return BlockResult(output, living, living_scores)
+    return BlockResult(
+        output,
+        living,
+        living_scores,
+        np.concatenate(gone, axis=2),
+        before[-n_before:] if n_before else [],
+    )
+
+
+def _before(result: ScanResult, n_rows: int) -> Iterator[np.ndarray[Any, Any]]:
+    """The scores [R, n] of the columns alive before each of the last rows."""
+    rows, length, columns = result.alive.shape
+    for i in range(max(0, length - n_rows), length):
+        # Not yet alive: the row's own column and those after it.
+        living = result.alive[:, i, : columns - length + i]
+        held = np.nonzero(living)[1].reshape(rows, -1)
+        yield np.take_along_axis(result.before[i], held, axis=1)
 
 
 def _causal(length: int, columns: int) -> mx.array:

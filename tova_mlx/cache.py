@@ -5,7 +5,6 @@ the paper's. The order of a step is write, attend, choose the victim. Knows one 
 of rows of equal length.
 """
 
-import json
 import sys
 from typing import Any
 
@@ -14,15 +13,17 @@ import numpy as np
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.base import create_causal_mask
 
-from . import attention
+from . import attention, trimming
 from .block import attend_block
 from .errors import CacheStateError, OptionError, UnsupportedModelError
 from .eviction import choose_victim, update_scores, window_columns, window_mask
+from .journal import Scores
 from .newest import attend_newest
-from .policies import POLICIES, Granularity, Rule, settle
+from .policies import Granularity, Rule, settle
 from .slots import Slots, to_mlx
+from .state import pack, unpack
 
-_STATE_VERSION = 1
+JOURNAL = 16
 
 
 class PolicyKVCache:
@@ -39,6 +40,8 @@ class PolicyKVCache:
         prefill: "stepwise", or "once" (the paper's released shortcut: a chunk attends
             to everything in it and is cut once, so the result depends on the chunk
             size); "once" only for policies that read attention.
+        journal: how many of the newest tokens can be taken back after something was
+            evicted; each costs a row. 0: none.
         options: the policy's own options, see `POLICIES[policy].options`.
 
     Raises:
@@ -54,11 +57,12 @@ class PolicyKVCache:
         policy: str = "tova",
         *,
         prefill: str = "stepwise",
+        journal: int = JOURNAL,
         **options: Any,
     ):
-        self._configure(settle(policy, max_size, options), prefill)
+        self._configure(settle(policy, max_size, options), prefill, journal)
 
-    def _configure(self, rule: Rule, prefill: str) -> None:
+    def _configure(self, rule: Rule, prefill: str, journal: int) -> None:
         if prefill not in ("stepwise", "once"):
             raise OptionError(
                 f"{rule.policy}: prefill={prefill!r} is not known. "
@@ -69,13 +73,19 @@ class PolicyKVCache:
                 f"{rule.policy} does not read prefill='once': it cuts by attention. "
                 "Leave it out."
             )
+        if isinstance(journal, bool) or not isinstance(journal, int) or journal < 0:
+            raise OptionError(
+                f"{rule.policy}: journal={journal!r} is not a whole number of tokens. "
+                "Use 0 or more."
+            )
         attention.install()
+        trimming.install()
         for kind in (PolicyKVCache, TOVACache):
             # load_prompt_cache looks classes up there by name.
             setattr(mlx_lm_cache, kind.__name__, kind)
         self.rule = rule
         self.prefill = prefill
-        self._slots = Slots(rule)
+        self._slots = Slots(rule, journal)
         # The module whose attention is still to come for the last update.
         self._awaits: str | None = None
 
@@ -110,8 +120,8 @@ class PolicyKVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays of the cache."""
-        return sum(a.nbytes for a in self._slots.arrays if a is not None)
+        """Bytes of all arrays of the cache, the journal's included."""
+        return self._slots.nbytes
 
     @property
     def max_nbytes(self) -> int | None:
@@ -177,15 +187,18 @@ class PolicyKVCache:
             self._awaits = sys._getframe(1).f_globals.get("__name__", "the model")
         fits = limit is None or self.offset + length <= limit
         # A memory must see every query, so even a chunk that fits is scanned.
-        if length == 1 or (fits and not self._remembers):
+        if length == 1 or (fits and not self.rule.memory):
             rows = self._slots.append(keys, values)
             if limit is not None and rows[0].shape[2] > limit:
                 self._choose_victim(None)
             return rows
         rows = self._slots.extend(keys, values)
         if not self.rule.reads_attention:
-            kept = window_columns(self.rule, rows[0].shape[2])
-            self._slots.keep(np.broadcast_to(kept, (keys.shape[0], 1, len(kept))))
+            n, batch = rows[0].shape[2], keys.shape[0]
+            kept = window_columns(self.rule, n)
+            gone = np.setdiff1d(np.arange(n), kept)
+            self._slots.note_gone(np.broadcast_to(gone, (batch, 1, len(gone))))
+            self._slots.keep(np.broadcast_to(kept, (batch, 1, len(kept))))
         return rows
 
     def attend(
@@ -229,57 +242,43 @@ class PolicyKVCache:
     # Trimming, saving
 
     def is_trimmable(self) -> bool:
-        """Whether the newest tokens can be taken back exactly.
+        """Whether any number of tokens can be taken back exactly.
 
         Not once a token was evicted, and not for a policy with memory, whose scores
-        hold what the tokens to be taken back attended to.
+        hold what the tokens to be taken back attended to. The newest few can be taken
+        back nevertheless, see `can_trim`.
         """
-        return self.offset == 0 or not (self._slots.evicted or self._remembers)
+        return self.offset == 0 or not (self._slots.evicted or self.rule.memory)
+
+    def can_trim(self, n: int) -> bool:
+        """Whether the newest n tokens can be taken back exactly."""
+        return self._slots.can_take_back(n)
 
     def trim(self, n: int) -> int:
         """Take back the newest n tokens; returns how many were taken.
 
-        Raises CacheStateError when `is_trimmable()` is false.
+        Raises CacheStateError when `can_trim(n)` is false; the cache stays as it was.
         """
-        if not self.is_trimmable():
+        n = max(0, min(self.offset, n))
+        if not self.can_trim(n):
             raise CacheStateError(
                 f"{self.rule.policy}: {n} tokens cannot be taken back after "
-                f"{self.offset} seen with max_size={self.max_size}: what they evicted "
-                "or added to scores is gone. Start a new cache."
+                f"{self.offset} seen with max_size={self.max_size} and "
+                f"journal={self._slots.journal.length}: what they evicted or added to "
+                "scores is gone. Use a longer journal, or start a new cache."
             )
-        n = max(0, min(self.offset, n))
-        self._slots.offset -= n
+        self._slots.take_back(n)
         return n
 
     @property
     def state(self) -> tuple[Any, ...]:
         """Arrays and scalars that `from_state` rebuilds the cache from."""
-        config = {
-            "version": _STATE_VERSION,
-            "rule": self.rule.as_dict(),
-            "prefill": self.prefill,
-        }
-        return (*self._slots.arrays, self.offset, json.dumps(config))
+        return pack(self._slots, self.prefill)
 
     @state.setter
     def state(self, state: tuple[Any, ...]) -> None:
-        try:
-            *arrays, offset, text = state
-            config = json.loads(text)
-            if config["version"] != _STATE_VERSION:
-                raise ValueError(f"version {config['version']}")
-            rule = Rule(**config["rule"])
-            options = {o: config["rule"][o] for o in POLICIES[rule.policy].options}
-            if settle(rule.policy, rule.max_size, options) != rule:
-                raise ValueError("a rule that no options give")
-            slots = Slots.restored(rule, offset, arrays)
-            prefill = config["prefill"]
-        except (TypeError, ValueError, KeyError) as error:
-            raise CacheStateError(
-                f"This is not the state of a tova_mlx cache ({error}). Make it again "
-                "with this version."
-            ) from error
-        self._configure(rule, prefill)
+        slots, prefill = unpack(state)
+        self._configure(slots.rule, prefill, slots.journal.length)
         self._slots = slots
 
     @classmethod
@@ -290,10 +289,6 @@ class PolicyKVCache:
         return cache
 
     # After the attention
-
-    @property
-    def _remembers(self) -> bool:
-        return self.rule.memory > 0
 
     def _choose_victim(self, scores: mx.array | None) -> None:
         """Who leaves; a policy that reads attention cannot say before it has scores."""
@@ -340,9 +335,18 @@ class PolicyKVCache:
             norms=None if slots.norms is None else np.array(slots.norms),
             rule=self.rule,
             cut_once=self.prefill == "once",
+            n_before=slots.journal.length,
         )
+        journal = slots.journal
+        if self.prefill == "once" and slots.evicted:
+            journal.clear()
+        else:
+            slots.note_gone(result.gone)
         slots.keep(result.survivors)
         slots.remember(to_mlx(result.scores))
+        first = slots.offset - len(result.before)
+        for step, scores in enumerate(result.before, first):
+            journal.scores.append(Scores(step, to_mlx(scores)))
         return result.output
 
     def _check_rows(self, keys: mx.array) -> None:
@@ -369,6 +373,7 @@ class TOVACache(PolicyKVCache):
             per KV head by the mean over its query heads.
         n_sinks, n_recent: first and newest tokens protected, inside `max_size`.
         prefill: "stepwise" (exact token by token) or "once" (see PolicyKVCache).
+        journal: newest tokens that can be taken back (see PolicyKVCache).
 
     Raises:
         OptionError: a value that cannot work.
@@ -386,6 +391,7 @@ class TOVACache(PolicyKVCache):
         n_sinks: int = 0,
         n_recent: int = 0,
         prefill: str = "stepwise",
+        journal: int = JOURNAL,
     ):
         super().__init__(
             max_size,
@@ -394,4 +400,5 @@ class TOVACache(PolicyKVCache):
             n_sinks=n_sinks,
             n_recent=n_recent,
             prefill=prefill,
+            journal=journal,
         )

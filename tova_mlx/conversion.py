@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 
 from . import attention
-from .cache import PolicyKVCache, TOVACache
+from .cache import JOURNAL, PolicyKVCache, TOVACache
 from .errors import UnsupportedModelError
 from .policies import settle
 from .report import Report, describe
@@ -25,6 +25,7 @@ def make_prompt_cache(
     *,
     policy: str = "tova",
     prefill: str = "stepwise",
+    journal: int = JOURNAL,
     **options: Any,
 ) -> list[Any]:
     """One cache per layer of an mlx-lm model, for `prompt_cache=`.
@@ -34,6 +35,7 @@ def make_prompt_cache(
         max_kv_size: tokens kept per layer; the policy `full` does not read it.
         policy: a name in `POLICIES`.
         prefill: "stepwise" or "once", see PolicyKVCache.
+        journal: newest tokens that can be taken back, see PolicyKVCache.
         options: the policy's own options.
 
     Raises:
@@ -42,12 +44,13 @@ def make_prompt_cache(
             has no layer that could be bounded.
     """
     settle(policy, max_kv_size, options)
+    common: dict[str, Any] = {"prefill": prefill, "journal": journal}
 
     def make() -> PolicyKVCache:
         if policy == "tova":
             assert max_kv_size is not None
-            return TOVACache(max_kv_size, prefill=prefill, **options)
-        return PolicyKVCache(max_kv_size, policy, prefill=prefill, **options)
+            return TOVACache(max_kv_size, **common, **options)
+        return PolicyKVCache(max_kv_size, policy, **common, **options)
 
     caches = [
         make() if type(c) is mlx_lm_cache.KVCache else c for c in _default_caches(model)

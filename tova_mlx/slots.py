@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from .journal import Gone, Journal, Scores
 from .policies import Rule
 
 _LAST = 2**31 - 1
@@ -23,11 +24,12 @@ def to_mlx(array: Any) -> mx.array:
 
 def gather(array: mx.array, columns: Any) -> mx.array:
     """Take columns [B, H', m] of an array [B, H, S(, D)]; H' is 1 or H."""
+    if not isinstance(columns, mx.array):
+        columns = to_mlx(columns)
     if columns.shape[0] == columns.shape[1] == 1:
-        taken = mx.take(array, to_mlx(columns).reshape(-1), axis=2)
+        taken = mx.take(array, columns.reshape(-1), axis=2)
         # `take` gives a transposed layout, which every later product would copy.
         return mx.contiguous(taken)
-    columns = to_mlx(columns)
     index = columns.reshape(*columns.shape, *[1] * (array.ndim - 3))
     shape = (*array.shape[:2], columns.shape[2], *array.shape[3:])
     return mx.take_along_axis(array, mx.broadcast_to(index, shape), axis=2)
@@ -43,12 +45,14 @@ class Slots:
         scores: float32 [B, H', slots], for rules with memory.
         norms: float32 [B, n_kv_heads, slots] of the values, for value-weighted rules.
         victim: uint32 [B, H', 1], the slot to write next; None: slot `size()`.
+        journal: what the last steps destroyed.
     """
 
     step = 256
 
-    def __init__(self, rule: Rule):
+    def __init__(self, rule: Rule, journal: int = 0):
         self.rule = rule
+        self.journal = Journal(journal)
         self.offset = 0
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
@@ -78,54 +82,15 @@ class Slots:
             self.victim,
         )
 
-    @classmethod
-    def restored(cls, rule: Rule, offset: Any, arrays: Any) -> "Slots":
-        """Slots with the given `offset` and `arrays`; ValueError if they cannot be."""
-        slots = cls(rule)
-        (
-            slots.keys,
-            slots.values,
-            slots.positions,
-            slots.scores,
-            slots.norms,
-            slots.victim,
-        ) = arrays
-        slots.offset = offset
-        slots._check()
-        return slots
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        arrays = [*self.arrays, *self.journal.arrays]
+        return sum(a.nbytes for a in arrays if a is not None)
 
-    def _check(self) -> None:
-        """ValueError unless shapes, types and slot numbers belong together."""
-        if not isinstance(self.offset, int) or self.offset < 0:
-            raise ValueError(f"{self.offset!r} tokens seen")
-        if self.keys is None or self.values is None:
-            if self.offset or any(a is not None for a in self.arrays):
-                raise ValueError("no keys")
-            return
-        if self.keys.ndim != 4 or self.values.shape[:3] != self.keys.shape[:3]:
-            raise ValueError(f"keys {self.keys.shape}, values {self.values.shape}")
-        rows = self.keys.shape[:3]
-        per_chooser = (rows[0], self._choosers(self.keys), rows[2])
-        limit = self.rule.max_size
-        if rows[2] < self.size() or (limit is not None and rows[2] > limit + 1):
-            raise ValueError(f"{rows[2]} slots for {self.size()} tokens")
-        expected = {
-            "positions": (self.positions, per_chooser, mx.int32, self.evicted),
-            "scores": (self.scores, per_chooser, mx.float32, self.rule.memory),
-            "norms": (self.norms, rows, mx.float32, self.rule.value_weighted),
-            "victim": (self.victim, (*per_chooser[:2], 1), mx.uint32, False),
-        }
-        for name, (array, shape, dtype, needed) in expected.items():
-            if array is None and not needed:
-                continue
-            if array is None or array.shape != shape or array.dtype != dtype:
-                raise ValueError(f"{name} are not {dtype} {list(shape)}")
-        # A slot number past the end would write outside the array.
-        if self.victim is not None and mx.any(self.victim >= rows[2]).item():
-            raise ValueError(f"a victim past {rows[2]} slots")
-        held = np.array(self.held_positions())
-        if not (np.diff(held) > 0).all() or not (held < self.offset).all():
-            raise ValueError("positions that no prompt gives")
+    def choosers(self, keys: mx.array) -> int:
+        """H': how many victims a row of the batch has per step."""
+        return keys.shape[1] if self.rule.per_head else 1
 
     @property
     def max_nbytes(self) -> int | None:
@@ -135,10 +100,15 @@ class Slots:
             return None
         batch, n_kv_heads, _, key_dim = self.keys.shape
         row_bytes = (key_dim + self.values.shape[3]) * self.keys.itemsize
-        choosers = batch * self._choosers(self.keys)
+        choosers = batch * self.choosers(self.keys)
         per_slot = batch * n_kv_heads * (row_bytes + 4 * self.rule.value_weighted)
-        per_slot += 4 * choosers * (1 + bool(self.rule.memory))
-        return per_slot * (limit + 1) + 4 * choosers
+        memory = bool(self.rule.memory)
+        per_step = per_slot + 4 * choosers
+        if memory:
+            per_step += 8 * choosers * (limit + 1) + 4 * choosers
+        per_slot += 4 * choosers * (1 + memory)
+        slots = per_slot * (limit + 1) + 4 * choosers
+        return slots + per_step * self.journal.length
 
     def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Write one row, or rows that evict nothing; return all rows held."""
@@ -146,6 +116,8 @@ class Slots:
         n = start + length
         if self.victim is None:
             self._reserve(n, keys, values)
+        self._note_scores()
+        self._note_dead_slot()
         assert self.keys is not None
         assert self.values is not None
         self.keys = self._write(self.keys, keys, start)
@@ -169,6 +141,7 @@ class Slots:
         Until then there are more slots than the limit and `scores` has none for the
         new rows.
         """
+        self._note_dead_slot()
         length = keys.shape[2]
         positions = self._numbered(keys, self.offset, length)
         norms = _l2_norms(values) if self.rule.value_weighted else None
@@ -196,11 +169,47 @@ class Slots:
         assert self.keys is not None
         assert self.values is not None
         assert self.positions is not None
-        self.keys = gather(self.keys, padded)
-        self.values = gather(self.values, padded)
+        # With the journal's rows, or they would keep all columns alive until read.
+        self.keys, self.values = mx.depends(
+            [gather(self.keys, padded), gather(self.values, padded)],
+            self.journal.arrays,
+        )
         if self.norms is not None:
             self.norms = gather(self.norms, padded)
         self.positions = gather(self.positions, padded) if self.evicted else None
+
+    def note_gone(self, columns: np.ndarray[Any, Any]) -> None:
+        """Into the journal with the columns [B, H', n] that leave, in order of step.
+
+        Before `keep`; the last of them leaves at the newest token's step.
+        """
+        n = min(self.journal.length, columns.shape[2])
+        if n:
+            self._note(columns[..., -n:])
+
+    def can_take_back(self, n: int) -> bool:
+        """Whether the newest n tokens can be taken back exactly."""
+        to, limit = self.offset - n, self.rule.max_size
+        if n <= 0 or to <= 0:
+            return True
+        if self.rule.memory and self.journal.scores_before(to) is None:
+            return False
+        evictions = 0 if limit is None else self.offset - max(to, limit)
+        return evictions <= len(self.journal.gone) + (self.victim is not None)
+
+    def take_back(self, n: int) -> None:
+        """Be as if the newest n tokens had not come."""
+        to = max(0, self.offset - n)
+        if to and self.evicted:
+            order = self._bring_back(to)
+            self.offset, self.victim = to, None
+            self.keep(order)
+        self.offset, self.victim = to, None
+        if not to:
+            self.positions = self.scores = None
+        elif (before := self.journal.scores_before(to)) is not None:
+            self.remember(_ordered_scores(before, self.size()))
+        self.journal.forget_from(to)
 
     def remember(self, scores: mx.array) -> None:
         """Store the scores [B, H', n] of the first n slots, if the rule has memory."""
@@ -234,11 +243,67 @@ class Slots:
         order = self._order()
         return self._held(self.keys, order), self._held(self.values, order)
 
-    def _choosers(self, keys: mx.array) -> int:
-        return keys.shape[1] if self.rule.per_head else 1
+    def _note(self, columns: Any) -> None:
+        """Into the journal with columns [B, H', n]; the last left at the last step."""
+        assert self.keys is not None
+        assert self.values is not None
+        assert self.positions is not None
+        n = columns.shape[2]
+        keys, values = gather(self.keys, columns), gather(self.values, columns)
+        positions = gather(self.positions, columns)
+        norms = None if self.norms is None else gather(self.norms, columns)
+        for i in range(n):
+            row = np.s_[:, :, i : i + 1]
+            self.journal.gone.append(
+                Gone(
+                    self.offset - n + i,
+                    keys[row],
+                    values[row],
+                    positions[row],
+                    None if norms is None else norms[row],
+                )
+            )
+
+    def _note_dead_slot(self) -> None:
+        if self.victim is None or not self.journal.length:
+            return
+        self._note(self.victim)
+        # Read before the slot is written: a read that waits turns the write in place
+        # into a copy.
+        read = [a for a in self.journal.gone[-1][1:] if a is not None]
+        self.keys, self.values = mx.depends([self.keys, self.values], read)
+
+    def _note_scores(self) -> None:
+        if self.scores is None or not self.journal.length or not self.offset:
+            return
+        if self.victim is None:
+            before = Scores(self.offset, self.first(self.scores, self.size()))
+        else:
+            before = Scores(self.offset, self.scores, self.positions, self.victim)
+        self.journal.scores.append(before)
+
+    def _bring_back(self, to: int) -> np.ndarray[Any, Any]:
+        """Add the journal's rows; the columns [B, H', n] of those held before `to`."""
+        assert self.keys is not None
+        back = [g for g in self.journal.gone if g.step >= to]
+        # The dead slot's token left at the last step, so it was there before `to`.
+        n = self.size() if self.victim is None else self.keys.shape[2]
+
+        def join(name: str) -> mx.array:
+            rows = [getattr(g, name) for g in back]
+            return mx.concatenate([self.first(getattr(self, name), n), *rows], axis=2)
+
+        self.keys, self.values = join("keys"), join("values")
+        positions = self.positions = join("positions")
+        if self.norms is not None:
+            self.norms = join("norms")
+        limit = self.rule.max_size
+        size = to if limit is None else min(to, limit)
+        order = mx.argsort(mx.where(positions < to, positions, _LAST), axis=-1)
+        return np.array(order[..., :size])
 
     def _numbered(self, keys: mx.array, start: int, n: int) -> mx.array:
-        shape = (keys.shape[0], self._choosers(keys), n)
+        shape = (keys.shape[0], self.choosers(keys), n)
         return mx.broadcast_to(mx.arange(start, start + n, dtype=mx.int32), shape)
 
     def _allocation(self, n: int) -> int:
@@ -258,7 +323,7 @@ class Slots:
             return new if array is None else mx.concatenate([array, new], axis=2)
 
         rows = (*keys.shape[:2], spare)
-        choosers = (keys.shape[0], self._choosers(keys), spare)
+        choosers = (keys.shape[0], self.choosers(keys), spare)
         self.keys = grow(self.keys, *rows, keys.shape[3], dtype=keys.dtype)
         self.values = grow(self.values, *rows, values.shape[3], dtype=values.dtype)
         if self.positions is not None:
@@ -283,15 +348,26 @@ class Slots:
         """Slots held in order of position [B, H', size()]; None: the first ones."""
         if self.victim is None:
             return None
-        assert self.positions is not None
-        slots = mx.arange(self.positions.shape[2])
-        victim_last = mx.where(slots == self.victim, _LAST, self.positions)
-        return mx.argsort(victim_last, axis=-1)[..., : self.size()]
+        return _in_order(self.positions, self.victim, self.size())
 
     def _held(self, array: mx.array, order: mx.array | None) -> mx.array:
         if order is None:
             return array[:, :, : self.size()]
         return gather(array, order)
+
+
+def _in_order(positions: Any, victim: mx.array, n: int) -> mx.array:
+    """The first n slots in order of position, the victim's left out."""
+    slots = mx.arange(positions.shape[2])
+    positions = mx.where(slots == victim, _LAST, positions)
+    return mx.argsort(positions, axis=-1)[..., :n]
+
+
+def _ordered_scores(before: Scores, n: int) -> mx.array:
+    """Scores [B, H', n] in order of position."""
+    if before.victim is None:
+        return before.scores[..., :n]
+    return gather(before.scores, _in_order(before.positions, before.victim, n))
 
 
 def _l2_norms(values: mx.array) -> mx.array:

@@ -6,6 +6,7 @@ import click
 
 from .. import __version__
 from ..errors import TovaError
+from .chat import chat
 from .generate import generate
 from .info import info
 
@@ -30,5 +31,6 @@ def main() -> None:
     """Language models in constant memory: bounded caches for mlx-lm"""
 
 
+main.add_command(chat)
 main.add_command(generate)
 main.add_command(info)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ..errors import PromptError
-from .options import cache_options, given, model_option
+from .options import cache_options, given, model_option, sampling_options
 
 
 @click.command(short_help="Text continued in bounded memory")
@@ -19,23 +19,7 @@ from .options import cache_options, given, model_option
 @click.option("--no-chat-template", is_flag=True, help="Continue the text as it is.")
 @model_option
 @cache_options
-@click.option(
-    "--prefill-step-size",
-    type=click.IntRange(min=1),
-    default=2048,
-    show_default=True,
-    help="Tokens of the prompt per step.",
-)
-@click.option(
-    "--max-tokens",
-    type=click.IntRange(min=1),
-    default=256,
-    show_default=True,
-    help="Tokens to generate at most.",
-)
-@click.option("--temp", type=click.FloatRange(min=0), default=0.0, show_default=True)
-@click.option("--top-p", type=click.FloatRange(0, 1), default=1.0, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@sampling_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def generate(
     prompt: str | None, prompt_file: str | None, as_json: bool, **options: Any
@@ -64,6 +48,7 @@ def generate(
         options["max_kv_size"],
         policy=options["policy"],
         prefill=options["prefill"],
+        journal=0,
         **given(options),
     )
     if options["policy"] == "full":

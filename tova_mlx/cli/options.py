@@ -77,6 +77,51 @@ def cache_options(command: F) -> F:
     return command
 
 
+def sampling_options(command: F) -> F:
+    """How a prompt is read and tokens are chosen; mlx-lm's words and meanings."""
+    for option in reversed(
+        [
+            click.option(
+                "--prefill-step-size",
+                type=click.IntRange(min=1),
+                default=2048,
+                show_default=True,
+                help="Tokens of the prompt per step.",
+            ),
+            click.option(
+                "--max-tokens",
+                type=click.IntRange(min=1),
+                default=256,
+                show_default=True,
+                help="Tokens to generate at most.",
+            ),
+            click.option(
+                "--temp",
+                type=click.FloatRange(min=0),
+                default=0.0,
+                show_default=True,
+                help="Sampling temperature; 0 takes the likeliest token.",
+            ),
+            click.option(
+                "--top-p",
+                type=click.FloatRange(0, 1),
+                default=1.0,
+                show_default=True,
+                help="Sample among the likeliest tokens of this share.",
+            ),
+            click.option(
+                "--seed",
+                type=int,
+                default=0,
+                show_default=True,
+                help="Seed of the sampling.",
+            ),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
 def given(options: dict[str, Any]) -> dict[str, Any]:
     """The policy's options that were given on the command line."""
     return {k: options[k] for k in ATTENTION_OPTIONS if options[k] is not None}

@@ -27,12 +27,22 @@ class ScanResult(NamedTuple):
     """Who was alive at each row, and who is left.
 
     alive: bool [R, L, N]; survivors: int32 [R, kept], columns in ascending order;
-    scores: float32 [R, kept].
+    scores: float32 [R, kept]; before: the scores [R, N] before each row.
     """
 
     alive: npt.NDArray[np.bool_]
     survivors: Ints
     scores: Floats
+    before: list[Floats]
+
+    @property
+    def gone(self) -> Ints:
+        """The columns that left, in order of step: int32 [R, n]."""
+        stays = np.zeros_like(self.alive[:, :1])
+        np.put_along_axis(stays, self.survivors[:, None], True, axis=2)
+        after = np.concatenate([self.alive[:, 1:], stays], axis=1)
+        left = np.nonzero(self.alive & ~after)[2]
+        return left.reshape(len(self.alive), -1).astype(np.int32)
 
 
 def scan(
@@ -78,6 +88,7 @@ def scan(
     alive = np.empty((n_rows, length, columns), np.bool_)
     scores = scores.copy()
     memory = np.float32(rule.memory)
+    before = []
     every_row = np.arange(n_rows)
     first = int(positions[0, n_held])
 
@@ -94,6 +105,7 @@ def scan(
         if first + i >= rule.n_sinks:
             barred[:, own] = 0
         alive[:, i] = living
+        before.append(scores)
         evicts = limit is not None and not cut_once and own + 1 > limit
         ranks = evicts or (cut_once and i == length - 1)
         if not (ranks or memory):
@@ -124,7 +136,7 @@ def scan(
         np.put_along_axis(living, leaving, 0, axis=1)
     survivors = np.nonzero(living)[1].reshape(n_rows, -1)
     kept_scores = np.take_along_axis(scores, survivors, axis=1)
-    return ScanResult(alive, survivors.astype(np.int32), kept_scores)
+    return ScanResult(alive, survivors.astype(np.int32), kept_scores, before)
 
 
 def _top(logits: Floats, sink: Floats | None) -> Floats:
