@@ -32,6 +32,21 @@ class BlockResult(NamedTuple):
     scores: np.ndarray[Any, Any]
     gone: np.ndarray[Any, Any]
     before: list[np.ndarray[Any, Any]]
+    blocks: list["Block"]
+
+
+class Block(NamedTuple):
+    """Rows start to stop, the columns they may see, and who was alive for each.
+
+    columns: int32 [B, H', m]; is_first: they are the first m; alive: bool
+    [B, H', rows, m], None until scanned.
+    """
+
+    start: int
+    stop: int
+    columns: np.ndarray[Any, Any]
+    is_first: bool
+    alive: mx.array | None = None
 
 
 def attend_block(
@@ -65,19 +80,17 @@ def attend_block(
     if scores is not None:
         living_scores = scores
     learned = None if sinks is None else np.array(sinks.astype(mx.float32))
-    outputs, gone, before = [], [], []
+    outputs, gone, before, blocks = [], [], [], []
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
         own = np.arange(held + start, held + stop, dtype=np.int32)
         own = np.broadcast_to(own, (batch, choosers, stop - start))
         columns = np.concatenate([living, own], axis=2)
         m = columns.shape[2]
-        is_all = m == held + stop
-        block_keys = keys[:, :, :m] if is_all else gather(keys, columns)
-        block_values = values[:, :, :m] if is_all else gather(values, columns)
+        block = Block(start, stop, columns, m == held + stop)
         rows = queries[:, :, start:stop]
-        block_mask = _block_mask(mask, start, stop, columns, n_heads, is_all)
-        logits = masked_logits(rows, block_keys, scale, block_mask)
+        seen = _cut(block, keys, values, mask, n_heads)
+        logits = masked_logits(rows, seen[0], scale, seen[2])
         logits = mx.where(_causal(stop - start, m), logits, -mx.inf)
         flat = (batch * choosers, m)
         result = scan(
@@ -100,13 +113,8 @@ def attend_block(
                 b.reshape(batch, choosers, -1) for b in _before(result, n_before)
             ]
         alive = to_mlx(result.alive.reshape(batch, choosers, stop - start, m))
-        alive = mx.repeat(alive, n_heads // choosers, axis=1) if choosers > 1 else alive
-        alive = _merge(alive, block_mask, queries.dtype)
-        outputs.append(
-            mx.fast.scaled_dot_product_attention(
-                rows, block_keys, block_values, scale=scale, mask=alive, sinks=sinks
-            )
-        )
+        blocks.append(block._replace(alive=alive))
+        outputs.append(_attend(queries, *seen, blocks[-1], scale, sinks))
     output = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
     return BlockResult(
         output,
@@ -114,6 +122,49 @@ def attend_block(
         living_scores,
         np.concatenate(gone, axis=2),
         before[-n_before:] if n_before else [],
+        blocks,
+    )
+
+
+def attend_again(
+    blocks: list[Block],
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    *,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None,
+) -> mx.array:
+    """Attention of other queries to the columns of an `attend_block`, as alive then."""
+    outputs = []
+    for block in blocks:
+        seen = _cut(block, keys, values, mask, queries.shape[1])
+        outputs.append(_attend(queries, *seen, block, scale, sinks))
+    return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
+
+
+def _attend(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    mask: mx.array | None,
+    block: Block,
+    scale: float,
+    sinks: mx.array | None,
+) -> mx.array:
+    """Attention of a block's rows to its columns (`_cut`), dead ones left out."""
+    alive = block.alive
+    assert alive is not None
+    if alive.shape[1] > 1:
+        alive = mx.repeat(alive, queries.shape[1] // alive.shape[1], axis=1)
+    return mx.fast.scaled_dot_product_attention(
+        queries[:, :, block.start : block.stop],
+        keys,
+        values,
+        scale=scale,
+        mask=_merge(alive, mask, queries.dtype),
+        sinks=sinks,
     )
 
 
@@ -131,27 +182,31 @@ def _causal(length: int, columns: int) -> mx.array:
     return mx.arange(columns - length, columns)[:, None] >= mx.arange(columns)
 
 
-def _block_mask(
+def _cut(
+    block: Block,
+    keys: mx.array,
+    values: mx.array,
     mask: mx.array | str | None,
-    start: int,
-    stop: int,
-    columns: np.ndarray[Any, Any],
     n_heads: int,
-    is_all: bool,
-) -> mx.array | None:
-    """The model's mask [B, n_heads, L, N], cut to a block's rows and columns."""
+) -> tuple[mx.array, mx.array, mx.array | None]:
+    """Keys, values and the model's mask [B, n_heads, L, N], cut to a block."""
+    columns = block.columns
+    batch, choosers, m = columns.shape
+    if block.is_first:
+        keys, values = keys[:, :, :m], values[:, :, :m]
+    else:
+        keys, values = gather(keys, columns), gather(values, columns)
     if not isinstance(mask, mx.array):
-        return None
-    m = columns.shape[2]
-    mask = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)[:, :, start:stop]
-    if is_all:
-        return mask[..., :m]
-    batch, choosers = columns.shape[:2]
+        return keys, values, None
+    mask = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
+    mask = mask[:, :, block.start : block.stop]
+    if block.is_first:
+        return keys, values, mask[..., :m]
     index = to_mlx(np.repeat(columns, n_heads // choosers, axis=1))[:, :, None]
     length, n_columns = mask.shape[2:]
     mask = mx.broadcast_to(mask, (batch, n_heads, length, n_columns))
     index = mx.broadcast_to(index, (batch, n_heads, length, m))
-    return mx.take_along_axis(mask, index, axis=3)
+    return keys, values, mx.take_along_axis(mask, index, axis=3)
 
 
 def _merge(alive: mx.array, mask: mx.array | None, dtype: mx.Dtype) -> mx.array:

@@ -14,12 +14,13 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.base import create_causal_mask
 
 from . import attention, trimming
-from .block import attend_block
+from .block import attend_again, attend_block
 from .errors import CacheStateError, OptionError, UnsupportedModelError
 from .eviction import choose_victim, update_scores, window_columns, window_mask
 from .journal import Scores
 from .newest import attend_newest
 from .policies import Granularity, Rule, settle
+from .sharing import Given
 from .slots import Slots, to_mlx
 from .state import pack, unpack
 
@@ -88,6 +89,7 @@ class PolicyKVCache:
         self._slots = Slots(rule, journal)
         # The module whose attention is still to come for the last update.
         self._awaits: str | None = None
+        self._given = Given()
 
     # What is held
 
@@ -105,6 +107,15 @@ class PolicyKVCache:
     def keys(self) -> mx.array | None:
         """All slots [B, n_kv_heads, slots, head_dim], in no order; None if empty."""
         return self._slots.keys
+
+    @keys.setter
+    def keys(self, keys: mx.array | None) -> None:
+        # mlx-lm's pipelines make them depend on what is sent.
+        self._slots.keys = keys
+
+    def share(self) -> None:
+        """Let other layers attend to what this one does, as of the next update."""
+        self._given.start()
 
     @property
     def values(self) -> mx.array | None:
@@ -143,6 +154,9 @@ class PolicyKVCache:
             raise CacheStateError(
                 "An empty cache has no keys. Run the model with it first."
             )
+        if self._given.rows is not None:
+            # A layer that shares this one's keys attends to what this one attended to.
+            return self._given.rows
         return self._slots.held_rows()
 
     # The model's side
@@ -181,6 +195,8 @@ class PolicyKVCache:
                 "model."
             )
         self._check_rows(keys)
+        # Before anything is written: a second reference turns a write into a copy.
+        self._given.forget()
         length = keys.shape[2]
         limit = self.rule.max_size
         if self.rule.reads_attention:
@@ -191,7 +207,7 @@ class PolicyKVCache:
             rows = self._slots.append(keys, values)
             if limit is not None and rows[0].shape[2] > limit:
                 self._choose_victim(None)
-            return rows
+            return self._given.note(rows)
         rows = self._slots.extend(keys, values)
         if not self.rule.reads_attention:
             n, batch = rows[0].shape[2], keys.shape[0]
@@ -199,7 +215,7 @@ class PolicyKVCache:
             gone = np.setdiff1d(np.arange(n), kept)
             self._slots.note_gone(np.broadcast_to(gone, (batch, 1, len(gone))))
             self._slots.keep(np.broadcast_to(kept, (batch, 1, len(kept))))
-        return rows
+        return self._given.note(rows)
 
     def attend(
         self,
@@ -219,11 +235,8 @@ class PolicyKVCache:
         rule = self.rule
         if rule.reads_attention:
             if self._awaits is None:
-                raise UnsupportedModelError(
-                    "A layer attends twice to one cache update (shared keys and "
-                    f"values), which {rule.policy} cannot follow yet. Use policy "
-                    "window or streaming, or another model."
-                )
+                return self._attend_shared(queries, keys, values, scale, mask, sinks)
+            self._check_values(values)
             self._awaits = None
         if rule.memory or self._slots.evicted:
             if queries.shape[2] == 1:
@@ -347,7 +360,59 @@ class PolicyKVCache:
         first = slots.offset - len(result.before)
         for step, scores in enumerate(result.before, first):
             journal.scores.append(Scores(step, to_mlx(scores)))
+        self._given.blocks = result.blocks if self._given.rows is not None else None
         return result.output
+
+    def _attend_shared(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        mask: Any,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        """Attention of another layer to what this one attended to; evicts nothing."""
+        if self._given.rows is None:
+            raise UnsupportedModelError(
+                "A layer attends a second time to one cache update, which "
+                f"{self.rule.policy} follows only in caches that `make_prompt_cache` "
+                "or `convert` made for a model that shares keys and values. Use them, "
+                "or policy window or streaming."
+            )
+        if self._given.blocks is not None:
+            return attend_again(
+                self._given.blocks,
+                queries,
+                keys,
+                values,
+                scale=scale,
+                mask=mask,
+                sinks=sinks,
+            )
+        return mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=scale, mask=mask, sinks=sinks
+        )
+
+    def _check_values(self, values: mx.array) -> None:
+        """Head by head, and by value, only if the stored heads are the attended."""
+        rule, stored = self.rule, self._slots.values
+        if stored is None or not (rule.per_head or rule.value_weighted):
+            return
+        own = (stored.shape[1], stored.shape[3])
+        if own == (values.shape[1], values.shape[3]):
+            return
+        if rule.value_weighted:
+            raise UnsupportedModelError(
+                f"{self._awaits} attends to other values than it stores (latents, or "
+                f"repeated heads), so {rule.policy} cannot weigh them. Use "
+                "value_weighted=False, or policy tova."
+            )
+        if stored.shape[1] > 1:
+            raise UnsupportedModelError(
+                f"{self._awaits} repeats its KV heads in an order of its own, so "
+                f"{rule.policy} cannot choose per head. Use granularity='layer'."
+            )
 
     def _check_rows(self, keys: mx.array) -> None:
         if self.keys is None:

@@ -5,7 +5,7 @@ windows, state-space layers) is left alone.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +15,23 @@ from mlx_lm.models import cache as mlx_lm_cache
 from . import attention
 from .cache import JOURNAL, PolicyKVCache, TOVACache
 from .errors import UnsupportedModelError
-from .policies import settle
+from .policies import Rule, settle
 from .report import Report, describe
+
+# Model files that no bounded cache can be right with, and why.
+REFUSED = {
+    "afm7": "places the queries of shared layers by the number of tokens held, which "
+    "is not the number seen",
+    "deepseek_v32": "chooses by slot what to attend to in two caches at once",
+    "glm_moe_dsa": "chooses by slot what to attend to in two caches at once",
+    "minimax_m3_vl": "chooses blocks of slots to attend to, by their number",
+    "phi3small": "places blocks of slots by their number",
+    "iquestloopcoder": "attends to a cache of the loop before, with that of another",
+    "muse_spark": "runs on Metal only, so bounded caches were never tried with it",
+}
+
+# What a model bounds itself.
+_BOUNDED = (mlx_lm_cache.ArraysCache, mlx_lm_cache.RotatingKVCache)
 
 
 def make_prompt_cache(
@@ -41,9 +56,9 @@ def make_prompt_cache(
     Raises:
         OptionError: a value that cannot work, or an option the policy does not read.
         UnsupportedModelError: the model attends where we cannot see its queries, or
-            has no layer that could be bounded.
+            does with its caches what a bounded one cannot be right with.
     """
-    settle(policy, max_kv_size, options)
+    rule = settle(policy, max_kv_size, options)
     common: dict[str, Any] = {"prefill": prefill, "journal": journal}
 
     def make() -> PolicyKVCache:
@@ -52,17 +67,23 @@ def make_prompt_cache(
             return TOVACache(max_kv_size, **common, **options)
         return PolicyKVCache(max_kv_size, policy, **common, **options)
 
-    caches = [
-        make() if type(c) is mlx_lm_cache.KVCache else c for c in _default_caches(model)
-    ]
-    ours = [c for c in caches if isinstance(c, PolicyKVCache)]
-    if not ours:
+    def bounded(cache: Any) -> Any:
+        if type(cache) is mlx_lm_cache.CacheList:
+            return mlx_lm_cache.CacheList(*map(bounded, cache.caches))
+        return make() if type(cache) is mlx_lm_cache.KVCache else cache
+
+    caches = [bounded(c) for c in _default_caches(model)]
+    ours = [c for c in _leaves(caches) if isinstance(c, PolicyKVCache)]
+    _check_model(model, rule)
+    if not ours and not all(isinstance(c, _BOUNDED) for c in _leaves(caches)):
         raise UnsupportedModelError(
-            f"{type(model).__module__} has no layer with a plain KVCache, so "
-            f"{policy} has nothing to bound. Use the model's own cache."
+            f"{type(model).__module__} has caches of its own kind, which {policy} "
+            "cannot bound. Use policy full, or another model."
         )
-    if ours[0].rule.reads_attention:
-        _check_seen(model, policy)
+    layers: Any = model.layers
+    if len(layers) > len(caches):
+        for cache in ours:
+            cache.share()
     return caches
 
 
@@ -121,17 +142,38 @@ def _default_caches(model: nn.Module) -> list[Any]:
     if isinstance(maker, _Maker):
         method = getattr(type(model), "make_cache", None)
         maker = maker.shadowed or (method and method.__get__(model))
+    # Some models with pictures forget to pass on what their language model makes.
+    language_model: Any = getattr(model, "language_model", None)
+    maker = maker or getattr(language_model, "make_cache", None)
     default = SimpleNamespace(layers=model.layers)
     if maker is not None:
         default.make_cache = maker
     return mlx_lm_cache.make_prompt_cache(default)  # type: ignore[arg-type]
 
 
-def _check_seen(model: nn.Module, policy: str) -> None:
-    """Refuse a model none of whose modules attend through mlx-lm's function."""
-    modules = {type(m).__module__ for m in model.modules()}
-    if not any(attention.is_seen(m) for m in modules if m in sys.modules):
+def _leaves(caches: list[Any]) -> Iterator[Any]:
+    """The caches in a list, those inside of a `CacheList` too."""
+    for cache in caches:
+        yield from _leaves(cache.caches) if hasattr(cache, "caches") else (cache,)
+
+
+def _check_model(model: nn.Module, rule: Rule) -> None:
+    """Refuse a model that `rule` cannot be right with."""
+    if rule.max_size is None:
+        return
+    names = {type(m).__module__ for m in model.modules()}
+    for name in sorted(names):
+        reason = REFUSED.get(name.removeprefix("mlx_lm.models."))
+        if reason is not None:
+            raise UnsupportedModelError(
+                f"{name} {reason}. Use policy full, or another model."
+            )
+    if not rule.reads_attention or all(
+        isinstance(c, _BOUNDED) for c in _leaves(_default_caches(model))
+    ):
+        return
+    if not any(attention.is_seen(n) for n in names if n in sys.modules):
         raise UnsupportedModelError(
-            f"{type(model).__module__} computes its own attention, so {policy} cannot "
-            "see its queries. Use policy window or streaming, or another model."
+            f"{type(model).__module__} computes its own attention, so {rule.policy} "
+            "cannot see its queries. Use policy window or streaming, or another model."
         )

@@ -271,6 +271,8 @@ class Slots:
         # Read before the slot is written: a read that waits turns the write in place
         # into a copy.
         read = [a for a in self.journal.gone[-1][1:] if a is not None]
+        assert self.keys is not None
+        assert self.values is not None
         self.keys, self.values = mx.depends([self.keys, self.values], read)
 
     def _note_scores(self) -> None:

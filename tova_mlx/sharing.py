@@ -1,0 +1,51 @@
+"""Layers that attend to another layer's keys and values.
+
+Only the owner evicts. The others, which come later in the same pass, see what the owner
+saw: the arrays that its update gave, and who was alive for each row.
+"""
+
+from typing import Any
+from weakref import WeakSet
+
+import mlx.core as mx
+
+from .block import Block
+
+Rows = tuple[mx.array, mx.array]
+
+
+class Given:
+    """What a cache gave to its owner in the last update, if others share it."""
+
+    def __init__(self) -> None:
+        self.shares = False
+        self.rows: Rows | None = None
+        self.blocks: list[Block] | None = None
+
+    def start(self) -> None:
+        self.shares = True
+        _sharing.add(self)
+
+    def note(self, rows: Rows) -> Rows:
+        if self.shares:
+            self.rows = rows
+        return rows
+
+    def forget(self) -> None:
+        self.rows = self.blocks = None
+
+    def __deepcopy__(self, memo: Any) -> "Given":
+        # Not the arrays: a copy has given nothing yet.
+        twin = Given()
+        if self.shares:
+            twin.start()
+        return twin
+
+
+def given_with(keys: Any) -> Given | None:
+    """What was given together with these very keys, if they are shared."""
+    return next((g for g in _sharing if g.rows and g.rows[0] is keys), None)
+
+
+# A layer without a cache finds its owner here.
+_sharing: WeakSet[Given] = WeakSet()
