@@ -27,7 +27,7 @@ import numpy as np  # noqa: E402
 from mlx_lm import load  # noqa: E402
 
 import tova_mlx.block  # noqa: E402
-import tova_mlx.cache  # noqa: E402
+import tova_mlx.evicting  # noqa: E402
 from tova_mlx import POLICIES, make_prompt_cache  # noqa: E402
 from tova_mlx.demo import demo_model_path  # noqa: E402
 
@@ -39,15 +39,15 @@ class Evictions:
 
     def __init__(self):
         self.victims, self.gaps = [], []
-        self._choose, self._scan = tova_mlx.cache.choose_victim, tova_mlx.block.scan
+        self._choose, self._scan = tova_mlx.evicting.choose_victim, tova_mlx.block.scan
 
     def __enter__(self):
-        tova_mlx.cache.choose_victim = self._chosen
+        tova_mlx.evicting.choose_victim = self._chosen
         tova_mlx.block.scan = self._scanned
         return self
 
     def __exit__(self, *_):
-        tova_mlx.cache.choose_victim = self._choose
+        tova_mlx.evicting.choose_victim = self._choose
         tova_mlx.block.scan = self._scan
 
     def _chosen(self, positions, scores, newest, rule):
@@ -61,14 +61,7 @@ class Evictions:
 
     def _scanned(self, logits, positions, *args, **options):
         result = self._scan(logits, positions, *args, **options)
-        survives = np.zeros_like(result.alive[:, :1])
-        np.put_along_axis(survives, result.survivors[:, None], True, axis=2)
-        after = np.concatenate([result.alive[:, 1:], survives], axis=1)
-        left = result.alive & ~after
-        # A row's own token appears only in its own row, so `left` has no false ones.
-        self.victims.append(
-            [positions[r][np.nonzero(x)[1]] for r, x in enumerate(left)]
-        )
+        self.victims.append(np.take_along_axis(positions, result.gone, axis=1))
         return result
 
     def by_layer(self, n_layers):

@@ -39,9 +39,14 @@ def test_the_quality_table_is_that_of_the_results():
 
 @pytest.mark.real_model
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_programs_run(program, demo, monkeypatch):
+def test_programs_run(program, demo, monkeypatch, capsys):
     monkeypatch.setattr(mlx_lm, "load", lambda _: demo)
-    exec(compile(program, "README.md", "exec"), {})
+    names = {}
+    exec(compile(program, "README.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert bool(printed.strip()) == ("print(" in program)
+    if "cache" in names:
+        assert len(names["cache"]) == len(demo[0].layers)
 
 
 @pytest.mark.real_model

@@ -12,7 +12,6 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm.models.base as mlx_lm_base
 
-from .block import attend_again
 from .sharing import given_with
 
 _NAME = "scaled_dot_product_attention"
@@ -29,12 +28,9 @@ def dispatch(
     sinks: mx.array | None = None,
 ) -> mx.array:
     """mlx-lm's attention function, but a cache with `attend` answers itself."""
-    attend = getattr(cache, "attend", None)
-    if cache is None and (given := given_with(keys)) and given.blocks is not None:
-        # A layer that shares another's keys without its cache.
-        return attend_again(
-            given.blocks, queries, keys, values, scale=scale, mask=mask, sinks=sinks
-        )
+    # A layer without a cache may share the keys of one with ours.
+    owner = given_with(keys) if cache is None else cache
+    attend = getattr(owner, "attend", None)
     if attend is None:
         return _original(queries, keys, values, cache, scale, mask, sinks)
     return attend(queries, keys, values, scale=scale, mask=mask, sinks=sinks)

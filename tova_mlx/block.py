@@ -69,7 +69,7 @@ def attend_block(
     queries: [B, n_heads, L, D]; keys, values: [B, n_kv_heads, N, D], N = held + L, in
     order of position; positions: int32 [B, H', N]; scores: float32 [B, H', held];
     norms: float32 [B, n_kv_heads, N]. "causal" is what a row may look at if the mask
-    is no array; n_before: how many rows' earlier scores are wanted.
+    is no array; n_before: for how many of the last rows `gone` and `before` are wanted.
     """
     batch, n_heads, length, _ = queries.shape
     n_columns = keys.shape[2]
@@ -106,8 +106,9 @@ def attend_block(
         kept = result.survivors.reshape(batch, choosers, -1)
         living = np.take_along_axis(columns, kept, axis=2)
         living_scores = result.scores.reshape(kept.shape)
-        left = result.gone.reshape(batch, choosers, -1)
-        gone.append(np.take_along_axis(columns, left, axis=2))
+        if n_before:
+            left = result.gone.reshape(batch, choosers, -1)
+            gone.append(np.take_along_axis(columns, left, axis=2))
         if rule.memory and n_before:
             before += [
                 b.reshape(batch, choosers, -1) for b in _before(result, n_before)
@@ -115,12 +116,11 @@ def attend_block(
         alive = to_mlx(result.alive.reshape(batch, choosers, stop - start, m))
         blocks.append(block._replace(alive=alive))
         outputs.append(_attend(queries, *seen, blocks[-1], scale, sinks))
-    output = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
     return BlockResult(
-        output,
+        _joined(outputs),
         living,
         living_scores,
-        np.concatenate(gone, axis=2),
+        np.concatenate(gone, axis=2) if gone else living[..., :0],
         before[-n_before:] if n_before else [],
         blocks,
     )
@@ -141,6 +141,10 @@ def attend_again(
     for block in blocks:
         seen = _cut(block, keys, values, mask, queries.shape[1])
         outputs.append(_attend(queries, *seen, block, scale, sinks))
+    return _joined(outputs)
+
+
+def _joined(outputs: list[mx.array]) -> mx.array:
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
 

@@ -9,15 +9,13 @@ import sys
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.base import create_causal_mask
 
 from . import attention, trimming
-from .block import attend_again, attend_block
 from .errors import CacheStateError, OptionError, UnsupportedModelError
-from .eviction import choose_victim, update_scores, window_columns, window_mask
-from .journal import Scores
+from .evicting import attend_and_keep, evict, evict_by_weights, evict_oldest
+from .eviction import window_mask
 from .newest import attend_newest
 from .policies import Granularity, Rule, settle
 from .sharing import Given
@@ -81,9 +79,7 @@ class PolicyKVCache:
             )
         attention.install()
         trimming.install()
-        for kind in (PolicyKVCache, TOVACache):
-            # load_prompt_cache looks classes up there by name.
-            setattr(mlx_lm_cache, kind.__name__, kind)
+        register()
         self.rule = rule
         self.prefill = prefill
         self._slots = Slots(rule, journal)
@@ -205,16 +201,12 @@ class PolicyKVCache:
         # A memory must see every query, so even a chunk that fits is scanned.
         if length == 1 or (fits and not self.rule.memory):
             rows = self._slots.append(keys, values)
-            if limit is not None and rows[0].shape[2] > limit:
-                self._choose_victim(None)
+            if self._slots.evicted and not self.rule.reads_attention:
+                evict(self._slots)
             return self._given.note(rows)
         rows = self._slots.extend(keys, values)
         if not self.rule.reads_attention:
-            n, batch = rows[0].shape[2], keys.shape[0]
-            kept = window_columns(self.rule, n)
-            gone = np.setdiff1d(np.arange(n), kept)
-            self._slots.note_gone(np.broadcast_to(gone, (batch, 1, len(gone))))
-            self._slots.keep(np.broadcast_to(kept, (batch, 1, len(kept))))
+            evict_oldest(self._slots)
         return self._given.note(rows)
 
     def attend(
@@ -232,25 +224,28 @@ class PolicyKVCache:
         mask: "causal", bool or additive; sinks: learned logits [n_heads] in the
         softmax's denominator. Evicts afterwards what the policy says.
         """
-        rule = self.rule
+        rule, slots = self.rule, self._slots
+        how: dict[str, Any] = {"scale": scale, "mask": mask, "sinks": sinks}
         if rule.reads_attention:
             if self._awaits is None:
-                return self._attend_shared(queries, keys, values, scale, mask, sinks)
+                self._check_shared()
+                return self._given.attend(queries, keys, values, **how)
             self._check_values(values)
             self._awaits = None
-        if rule.memory or self._slots.evicted:
+        if rule.memory or slots.evicted:
             if queries.shape[2] == 1:
-                output, weights = attend_newest(
-                    queries, keys, values, scale=scale, mask=mask, sinks=sinks
-                )
+                output, weights = attend_newest(queries, keys, values, **how)
                 if rule.reads_attention:
-                    output = self._evict_after(output, weights)
+                    output = evict_by_weights(slots, output, weights)
                 return output
             if rule.reads_attention:
-                return self._attend_block(queries, keys, values, scale, mask, sinks)
-        return mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=scale, mask=mask, sinks=sinks
-        )
+                once = self.prefill == "once"
+                result = attend_and_keep(
+                    slots, queries, keys, values, cut_once=once, **how
+                )
+                self._given.note_blocks(result.blocks)
+                return result.output
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, **how)
 
     # Trimming, saving
 
@@ -301,78 +296,9 @@ class PolicyKVCache:
         cache.state = state
         return cache
 
-    # After the attention
+    # What cannot be right
 
-    def _choose_victim(self, scores: mx.array | None) -> None:
-        """Who leaves; a policy that reads attention cannot say before it has scores."""
-        if scores is None and self.rule.reads_attention:
-            return
-        slots = self._slots
-        assert slots.positions is not None
-        slots.victim = choose_victim(
-            slots.positions, scores, slots.offset - 1, self.rule
-        )
-
-    def _evict_after(self, output: mx.array, weights: mx.array) -> mx.array:
-        """The output, once the newest query's weights have chosen who leaves."""
-        slots, n = self._slots, weights.shape[3]
-        norms, old = slots.first(slots.norms, n), slots.first(slots.scores, n)
-        scores = update_scores(weights, norms, old, self.rule)
-        slots.remember(scores)
-        if slots.evicted:
-            self._choose_victim(scores)
-        # Evaluated with the output, or every step's weights would stay alive until
-        # something reads the scores.
-        tied = [a for a in (slots.victim, slots.scores) if a is not None]
-        return mx.depends([output], tied)[0]
-
-    def _attend_block(
-        self,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        scale: float,
-        mask: Any,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        slots = self._slots
-        result = attend_block(
-            queries,
-            keys,
-            values,
-            scale=scale,
-            mask=mask,
-            sinks=sinks,
-            positions=np.array(slots.positions),
-            scores=None if slots.scores is None else np.array(slots.scores),
-            norms=None if slots.norms is None else np.array(slots.norms),
-            rule=self.rule,
-            cut_once=self.prefill == "once",
-            n_before=slots.journal.length,
-        )
-        journal = slots.journal
-        if self.prefill == "once" and slots.evicted:
-            journal.clear()
-        else:
-            slots.note_gone(result.gone)
-        slots.keep(result.survivors)
-        slots.remember(to_mlx(result.scores))
-        first = slots.offset - len(result.before)
-        for step, scores in enumerate(result.before, first):
-            journal.scores.append(Scores(step, to_mlx(scores)))
-        self._given.blocks = result.blocks if self._given.rows is not None else None
-        return result.output
-
-    def _attend_shared(
-        self,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        scale: float,
-        mask: Any,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        """Attention of another layer to what this one attended to; evicts nothing."""
+    def _check_shared(self) -> None:
         if self._given.rows is None:
             raise UnsupportedModelError(
                 "A layer attends a second time to one cache update, which "
@@ -380,19 +306,6 @@ class PolicyKVCache:
                 "or `convert` made for a model that shares keys and values. Use them, "
                 "or policy window or streaming."
             )
-        if self._given.blocks is not None:
-            return attend_again(
-                self._given.blocks,
-                queries,
-                keys,
-                values,
-                scale=scale,
-                mask=mask,
-                sinks=sinks,
-            )
-        return mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=scale, mask=mask, sinks=sinks
-        )
 
     def _check_values(self, values: mx.array) -> None:
         """Head by head, and by value, only if the stored heads are the attended."""
@@ -467,3 +380,9 @@ class TOVACache(PolicyKVCache):
             prefill=prefill,
             journal=journal,
         )
+
+
+def register() -> None:
+    """Name the classes where mlx-lm's `load_prompt_cache` looks them up."""
+    for kind in (PolicyKVCache, TOVACache):
+        setattr(mlx_lm_cache, kind.__name__, kind)

@@ -73,9 +73,11 @@ def make_prompt_cache(
         return make() if type(cache) is mlx_lm_cache.KVCache else cache
 
     caches = [bounded(c) for c in _default_caches(model)]
-    ours = [c for c in _leaves(caches) if isinstance(c, PolicyKVCache)]
-    _check_model(model, rule)
-    if not ours and not all(isinstance(c, _BOUNDED) for c in _leaves(caches)):
+    leaves = list(_leaves(caches))
+    ours = [c for c in leaves if isinstance(c, PolicyKVCache)]
+    bounds_itself = all(isinstance(c, _BOUNDED) for c in leaves)
+    _check_model(model, rule, bounds_itself)
+    if not ours and not bounds_itself:
         raise UnsupportedModelError(
             f"{type(model).__module__} has caches of its own kind, which {policy} "
             "cannot bound. Use policy full, or another model."
@@ -157,7 +159,7 @@ def _leaves(caches: list[Any]) -> Iterator[Any]:
         yield from _leaves(cache.caches) if hasattr(cache, "caches") else (cache,)
 
 
-def _check_model(model: nn.Module, rule: Rule) -> None:
+def _check_model(model: nn.Module, rule: Rule, bounds_itself: bool) -> None:
     """Refuse a model that `rule` cannot be right with."""
     if rule.max_size is None:
         return
@@ -168,9 +170,7 @@ def _check_model(model: nn.Module, rule: Rule) -> None:
             raise UnsupportedModelError(
                 f"{name} {reason}. Use policy full, or another model."
             )
-    if not rule.reads_attention or all(
-        isinstance(c, _BOUNDED) for c in _leaves(_default_caches(model))
-    ):
+    if bounds_itself or not rule.reads_attention:
         return
     if not any(attention.is_seen(n) for n in names if n in sys.modules):
         raise UnsupportedModelError(

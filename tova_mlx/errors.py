@@ -7,6 +7,11 @@ A message says who, what was given, why it cannot work and what to do, in one li
 class TovaError(Exception):
     """Base class; the command line prints it as one line and exits with 1."""
 
+    @property
+    def line(self) -> str:
+        """What the command line prints."""
+        return f"Error: {' '.join(str(self).split())}"
+
 
 class OptionError(TovaError, ValueError):
     """An option has a value that cannot work, or that the policy does not read."""

@@ -17,7 +17,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models import cache as mlx_lm_cache
 
-from .cache import PolicyKVCache, TOVACache
+from .cache import PolicyKVCache, register
 from .errors import CacheStateError
 from .report import trace
 
@@ -72,8 +72,7 @@ def load_prompt_cache(
     path = Path(path)
     if not path.is_file():
         raise CacheStateError(f"{path}: no such file. Check the name.")
-    for kind in (PolicyKVCache, TOVACache):
-        setattr(mlx_lm_cache, kind.__name__, kind)
+    register()
     try:
         caches, metadata = mlx_lm_cache.load_prompt_cache(
             str(path), return_metadata=True

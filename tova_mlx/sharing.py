@@ -9,7 +9,7 @@ from weakref import WeakSet
 
 import mlx.core as mx
 
-from .block import Block
+from .block import Block, attend_again
 
 Rows = tuple[mx.array, mx.array]
 
@@ -30,6 +30,18 @@ class Given:
         if self.shares:
             self.rows = rows
         return rows
+
+    def note_blocks(self, blocks: list[Block]) -> None:
+        if self.shares:
+            self.blocks = blocks
+
+    def attend(
+        self, queries: mx.array, keys: mx.array, values: mx.array, **how: Any
+    ) -> mx.array:
+        """Attention of another layer; `how`: scale, mask and sinks. Evicts nothing."""
+        if self.blocks is not None:
+            return attend_again(self.blocks, queries, keys, values, **how)
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, **how)
 
     def forget(self) -> None:
         self.rows = self.blocks = None

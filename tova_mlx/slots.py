@@ -200,11 +200,10 @@ class Slots:
     def take_back(self, n: int) -> None:
         """Be as if the newest n tokens had not come."""
         to = max(0, self.offset - n)
-        if to and self.evicted:
-            order = self._bring_back(to)
-            self.offset, self.victim = to, None
-            self.keep(order)
+        order = self._bring_back(to) if to and self.evicted else None
         self.offset, self.victim = to, None
+        if order is not None:
+            self.keep(order[..., : self.size()])
         if not to:
             self.positions = self.scores = None
         elif (before := self.journal.scores_before(to)) is not None:
@@ -285,7 +284,7 @@ class Slots:
         self.journal.scores.append(before)
 
     def _bring_back(self, to: int) -> np.ndarray[Any, Any]:
-        """Add the journal's rows; the columns [B, H', n] of those held before `to`."""
+        """Add the journal's rows; all columns [B, H', n], those before `to` first."""
         assert self.keys is not None
         back = [g for g in self.journal.gone if g.step >= to]
         # The dead slot's token left at the last step, so it was there before `to`.
@@ -299,10 +298,7 @@ class Slots:
         positions = self.positions = join("positions")
         if self.norms is not None:
             self.norms = join("norms")
-        limit = self.rule.max_size
-        size = to if limit is None else min(to, limit)
-        order = mx.argsort(mx.where(positions < to, positions, _LAST), axis=-1)
-        return np.array(order[..., :size])
+        return np.array(mx.argsort(mx.where(positions < to, positions, _LAST), axis=-1))
 
     def _numbered(self, keys: mx.array, start: int, n: int) -> mx.array:
         shape = (keys.shape[0], self.choosers(keys), n)

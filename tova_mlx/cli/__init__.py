@@ -18,7 +18,7 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except TovaError as error:
-            click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+            click.echo(error.line, err=True)
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             sys.exit(130)

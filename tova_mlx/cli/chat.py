@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import TovaError
-from .options import cache_options, given, model_option, sampling_options
+from .options import (
+    cache_arguments,
+    cache_options,
+    given,
+    model_option,
+    sampling_options,
+)
 
 if TYPE_CHECKING:
     from ..chat import Conversation
@@ -49,11 +55,8 @@ def chat(**options: Any) -> None:
 
     convert(
         model,
-        options["max_kv_size"],
-        policy=options["policy"],
-        prefill=options["prefill"],
         journal=0,
-        **given(options),
+        **cache_arguments(options),
     )
     mx.random.seed(options["seed"])
     conversation = Conversation(
@@ -77,7 +80,7 @@ def chat(**options: Any) -> None:
             else:
                 _command(conversation, *words)
         except TovaError as error:
-            click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+            click.echo(error.line, err=True)
 
 
 def _reader(path: str, options: dict[str, Any]) -> Any:

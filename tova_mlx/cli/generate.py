@@ -8,7 +8,13 @@ from typing import Any
 import click
 
 from ..errors import PromptError
-from .options import cache_options, given, model_option, sampling_options
+from .options import (
+    cache_arguments,
+    cache_options,
+    given,
+    model_option,
+    sampling_options,
+)
 
 
 @click.command(short_help="Text continued in bounded memory")
@@ -45,11 +51,8 @@ def generate(
     tokens = _encode(tokenizer, text, options["no_chat_template"])
     caches = make_prompt_cache(
         model,
-        options["max_kv_size"],
-        policy=options["policy"],
-        prefill=options["prefill"],
         journal=0,
-        **given(options),
+        **cache_arguments(options),
     )
     if options["policy"] == "full":
         click.echo("full keeps everything: --max-kv-size is not read.", err=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .options import cache_options, given, model_option
+from .options import cache_arguments, cache_options, given, model_option
 
 LENGTHS = (8_192, 32_768, 131_072)
 
@@ -33,10 +33,7 @@ def info(as_json: bool, **options: Any) -> None:
 
     caches = make_prompt_cache(
         model,
-        options["max_kv_size"],
-        policy=options["policy"],
-        prefill=options["prefill"],
-        **given(options),
+        **cache_arguments(options),
     )
     rows = describe(trace(model, caches)).rows
     report = Report(

@@ -125,3 +125,9 @@ def sampling_options(command: F) -> F:
 def given(options: dict[str, Any]) -> dict[str, Any]:
     """The policy's options that were given on the command line."""
     return {k: options[k] for k in ATTENTION_OPTIONS if options[k] is not None}
+
+
+def cache_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of `cache_options` as arguments of `make_prompt_cache`."""
+    names = ("max_kv_size", "policy", "prefill")
+    return {k: options[k] for k in names} | given(options)
