@@ -104,7 +104,11 @@ def test_a_cut_off_model_file_is_refused(demo_path, tmp_path):
 
 @pytest.mark.real_model
 def test_ctrl_c_keeps_the_text_and_the_statistics(demo_path):
-    program = "from tova_mlx.cli import main; main()"
+    # A job in the background of a shell inherits that Ctrl-C is ignored.
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from tova_mlx.cli import main; main()"
+    )
     command = [sys.executable, "-c", program, "generate", "Count to a thousand."]
     command += ["--model", str(demo_path), "--max-tokens", "5000"]
     with subprocess.Popen(
