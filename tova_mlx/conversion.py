@@ -5,7 +5,7 @@ windows, state-space layers) is left alone.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +15,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from . import attention
 from .cache import JOURNAL, PolicyKVCache, TOVACache
 from .errors import UnsupportedModelError
+from .layers import leaves
 from .policies import Rule, settle
 from .report import Report, describe
 
@@ -73,19 +74,12 @@ def make_prompt_cache(
         return make() if type(cache) is mlx_lm_cache.KVCache else cache
 
     caches = [bounded(c) for c in _default_caches(model)]
-    leaves = list(_leaves(caches))
-    ours = [c for c in leaves if isinstance(c, PolicyKVCache)]
-    bounds_itself = all(isinstance(c, _BOUNDED) for c in leaves)
-    _check_model(model, rule, bounds_itself)
-    if not ours and not bounds_itself:
-        raise UnsupportedModelError(
-            f"{type(model).__module__} has caches of its own kind, which {policy} "
-            "cannot bound. Use policy full, or another model."
-        )
+    _check_model(model, rule, list(leaves(caches)))
     layers: Any = model.layers
     if len(layers) > len(caches):
-        for cache in ours:
-            cache.share()
+        for cache in leaves(caches):
+            if isinstance(cache, PolicyKVCache):
+                cache.share()
     return caches
 
 
@@ -153,14 +147,8 @@ def _default_caches(model: nn.Module) -> list[Any]:
     return mlx_lm_cache.make_prompt_cache(default)  # type: ignore[arg-type]
 
 
-def _leaves(caches: list[Any]) -> Iterator[Any]:
-    """The caches in a list, those inside of a `CacheList` too."""
-    for cache in caches:
-        yield from _leaves(cache.caches) if hasattr(cache, "caches") else (cache,)
-
-
-def _check_model(model: nn.Module, rule: Rule, bounds_itself: bool) -> None:
-    """Refuse a model that `rule` cannot be right with."""
+def _check_model(model: nn.Module, rule: Rule, caches: list[Any]) -> None:
+    """Refuse a model, of which these are the new caches, that `rule` is wrong for."""
     if rule.max_size is None:
         return
     names = {type(m).__module__ for m in model.modules()}
@@ -170,7 +158,14 @@ def _check_model(model: nn.Module, rule: Rule, bounds_itself: bool) -> None:
             raise UnsupportedModelError(
                 f"{name} {reason}. Use policy full, or another model."
             )
-    if bounds_itself or not rule.reads_attention:
+    if all(isinstance(c, _BOUNDED) for c in caches):
+        return
+    if not any(isinstance(c, PolicyKVCache) for c in caches):
+        raise UnsupportedModelError(
+            f"{type(model).__module__} has caches of its own kind, which {rule.policy} "
+            "cannot bound. Use policy full, or another model."
+        )
+    if not rule.reads_attention:
         return
     if not any(attention.is_seen(n) for n in names if n in sys.modules):
         raise UnsupportedModelError(

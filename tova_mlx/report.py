@@ -8,6 +8,7 @@ import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 
 from .cache import PolicyKVCache
+from .layers import leaves
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def trace(model: nn.Module, caches: list[Any]) -> list[Any]:
 def bytes_per_token(caches: list[Any]) -> int:
     """Bytes that a token takes in unbounded caches of these shapes, all layers."""
     total = 0
-    for c in caches:
+    for c in leaves(caches):
         keys, values = getattr(c, "keys", None), getattr(c, "values", None)
         if isinstance(keys, mx.array) and isinstance(values, mx.array):
             slots = keys.shape[2]
@@ -121,19 +122,24 @@ def bytes_per_token(caches: list[Any]) -> int:
 
 
 def _row(layer: int, cache: Any, bound: int | None) -> Row:
-    ours = isinstance(cache, PolicyKVCache)
+    parts = list(leaves([cache]))
+    policies = [c.rule.policy for c in parts if isinstance(c, PolicyKVCache)]
     return Row(
         layer=layer,
-        kind=type(cache).__name__,
-        policy=cache.rule.policy if ours else None,
-        tokens_held=int(cache.size()) if hasattr(cache, "size") else 0,
-        tokens_seen=int(getattr(cache, "offset", 0)),
-        bytes_now=0 if cache.empty() else int(cache.nbytes),
+        kind=" + ".join(type(c).__name__ for c in parts),
+        policy=policies[0] if policies else None,
+        tokens_held=max(int(c.size()) if hasattr(c, "size") else 0 for c in parts),
+        tokens_seen=max(int(getattr(c, "offset", 0)) for c in parts),
+        bytes_now=sum(0 if c.empty() else int(c.nbytes) for c in parts),
         bytes_at_most=bound,
     )
 
 
 def _bound(cache: Any) -> int | None:
+    if hasattr(cache, "caches"):
+        bounds = [_bound(c) for c in cache.caches]
+        known = [b for b in bounds if b is not None]
+        return sum(known) if len(known) == len(bounds) else None
     if cache.empty():
         return None
     if isinstance(cache, PolicyKVCache):

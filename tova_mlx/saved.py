@@ -19,6 +19,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from .cache import PolicyKVCache, register
 from .errors import CacheStateError
+from .layers import leaves
 from .report import trace
 
 _MODEL = "tova_mlx_model"
@@ -124,17 +125,18 @@ def _check_fits(
                 f"{path}: layer {layer} is {have}, but the model makes {want}. Use "
                 "the options it was saved with, or read the prompt again."
             )
-        if given.empty():
-            continue
-        if (have := _rows(given)) != (want := _rows(ours)):
-            raise CacheStateError(
-                f"{path}: layer {layer} holds keys {have}, but {name} makes {want}. "
-                "Load the model that it was saved with."
-            )
+        for a, b in zip(leaves([ours]), leaves([given]), strict=True):
+            if not b.empty() and (have := _rows(b)) != (want := _rows(a)):
+                raise CacheStateError(
+                    f"{path}: layer {layer} holds keys {have}, but {name} makes "
+                    f"{want}. Load the model that it was saved with."
+                )
 
 
 def _what(cache: Any) -> str:
     kind = type(cache).__name__
+    if hasattr(cache, "caches"):
+        return f"{kind}({', '.join(map(_what, cache.caches))})"
     if not isinstance(cache, PolicyKVCache):
         return kind
     rule = ", ".join(f"{k}={v}" for k, v in cache.rule.as_dict().items())

@@ -12,6 +12,7 @@ from typing import Any
 from mlx_lm.models import cache as mlx_lm_cache
 
 from .errors import CacheStateError
+from .layers import leaves
 
 _NAME = "trim_prompt_cache"
 _GENERATE = "mlx_lm.generate"
@@ -20,9 +21,9 @@ _original = mlx_lm_cache.trim_prompt_cache
 
 def trim_prompt_cache(cache: list[Any], num_tokens: int) -> int:
     """Take back the newest tokens of all layers; how many: 0 if a layer cannot."""
-    if not any(hasattr(c, "can_trim") for c in cache):
+    if not any(hasattr(c, "can_trim") for c in leaves(cache)):
         return _original(cache, num_tokens)  # type: ignore[return-value]
-    if not all(_can_trim(c, num_tokens) for c in cache):
+    if not all(_can_trim(c, num_tokens) for c in leaves(cache)):
         return 0
     taken = [c.trim(num_tokens) for c in cache]
     return taken[0]
@@ -30,8 +31,9 @@ def trim_prompt_cache(cache: list[Any], num_tokens: int) -> int:
 
 def trim_or_raise(cache: list[Any], num_tokens: int) -> int:
     """The same; CacheStateError if a layer of ours is among those that cannot."""
-    ours = [c for c in cache if hasattr(c, "can_trim")]
-    if ours and num_tokens > 0 and not all(_can_trim(c, num_tokens) for c in cache):
+    ours = [c for c in leaves(cache) if hasattr(c, "can_trim")]
+    can = all(_can_trim(c, num_tokens) for c in leaves(cache))
+    if ours and num_tokens > 0 and not can:
         raise CacheStateError(
             f"{ours[0].rule.policy}: {num_tokens} drafted tokens cannot be taken back "
             f"with max_size={ours[0].max_size}. Convert with journal={num_tokens} or "
