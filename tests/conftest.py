@@ -1,6 +1,7 @@
 """Loads OpenBLAS before any test, and finds the demo model."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,31 @@ def demo(demo_path):
     model, tokenizer = load(str(demo_path))
     model.set_dtype(mx.float32)
     return model, tokenizer
+
+
+@pytest.fixture(scope="session")
+def small_path(demo_path, tmp_path_factory) -> Path:
+    """A random model of small weights and 32 KiB of keys and values a token."""
+    from mlx_lm.models import llama
+    from mlx_lm.utils import save_config, save_model
+
+    config = {
+        "model_type": "llama",
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "intermediate_size": 16,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 512,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": 49152,
+    }
+    path = tmp_path_factory.mktemp("small")
+    save_model(path, llama.Model(llama.ModelArgs.from_dict(config)))
+    save_config(config, config_path=path / "config.json")
+    for file in demo_path.glob("*token*"):
+        shutil.copy(file, path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -278,6 +278,16 @@ class PolicyKVCache:
         self._slots.take_back(n)
         return n
 
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> Any:
+        """Refused: mlx-lm would leave a cache without this method as it is, silently.
+
+        Raises CacheStateError.
+        """
+        raise CacheStateError(
+            f"{self.rule.policy}: kv_bits={bits} is not possible yet, bounded caches "
+            "are not quantised. Leave it out, or use mlx-lm's own caches."
+        )
+
     @property
     def state(self) -> tuple[Any, ...]:
         """Arrays and scalars that `from_state` rebuilds the cache from."""

@@ -9,6 +9,8 @@ from ..errors import TovaError
 from .chat import chat
 from .generate import generate
 from .info import info
+from .run import run
+from .serve import serve
 
 
 class _Group(click.Group):
@@ -34,3 +36,5 @@ def main() -> None:
 main.add_command(chat)
 main.add_command(generate)
 main.add_command(info)
+main.add_command(run)
+main.add_command(serve)

@@ -120,16 +120,16 @@ def _answer(conversation: "Conversation", question: str) -> None:
     from ..chat import stopped_by_ctrl_c
 
     last = None
-    try:
-        with stopped_by_ctrl_c() as stopped:
+    with stopped_by_ctrl_c() as stopped:
+        try:
             for last in conversation.ask(question, stopped):
                 click.echo(last.text, nl=False)
             if stopped():
                 click.echo(" [stopped]", err=True, nl=False)
-    finally:
-        click.echo()
-    speed = f"{last.generation_tps:.1f} tokens/s, " if last else ""
-    click.echo(f"  {speed}{_totals(conversation)}", err=True)
+        finally:
+            click.echo()
+        speed = f"{last.generation_tps:.1f} tokens/s, " if last else ""
+        click.echo(f"  {speed}{_totals(conversation)}", err=True)
 
 
 def _command(conversation: "Conversation", name: str, argument: str = "") -> None:

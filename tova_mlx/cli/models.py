@@ -1,6 +1,7 @@
 """Loads a model for a command, or says in one line why that does not work."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,38 +41,52 @@ def resolve(model: str | None) -> str:
 def load(model: str | None) -> tuple[Any, Any, str]:
     """Model, tokenizer and the directory they were loaded from.
 
-    Raises ModelLoadError. Where there is no Metal the model runs in float32: half
-    precision is slower there.
+    Raises ModelLoadError.
     """
     from ..blas import load_openblas
 
     load_openblas()
-    import mlx.core as mx
     from mlx_lm import load as mlx_lm_load
 
-    name = resolve(model)
-    path = _directory(name)
+    path = directory(model)
+    loaded = load_with(mlx_lm_load, path)
+    return loaded[0], loaded[1], path
+
+
+def load_with(
+    loader: Callable[..., Any], path: str, *arguments: Any, **options: Any
+) -> Any:
+    """What mlx-lm's `loader` gives for a directory; its first item is the model.
+
+    Raises ModelLoadError. Where there is no Metal the model runs in float32: half
+    precision is slower there.
+    """
+    import mlx.core as mx
+
     try:
-        loaded = mlx_lm_load(str(path))
+        loaded = loader(path, *arguments, **options)
+        if not mx.metal.is_available():
+            loaded[0].set_dtype(mx.float32)
+        # Now, and in this thread: the server generates in another.
         mx.eval(loaded[0].parameters())
     except Exception as error:
         # Anything may come out of a damaged file; the reason is all a user can use.
         raise ModelLoadError(
-            f"--model {model or name}: cannot load {path} ({_first_line(error)}). A "
-            "file may be missing or cut off: get or convert the model again."
+            f"--model: cannot load {path} ({_first_line(error)}). A file may be "
+            "missing or cut off: get or convert the model again."
         ) from error
-    if not mx.metal.is_available():
-        loaded[0].set_dtype(mx.float32)
-    return loaded[0], loaded[1], str(path)
+    return loaded
 
 
-def _directory(name: str) -> Path:
+def directory(model: str | None) -> str:
+    """Where the files of a `--model` are, fetched if need be. Raises ModelLoadError."""
+    name = resolve(model)
     if Path(name).is_dir():
-        return Path(name)
+        return name
     from mlx_lm.utils import _download
 
     try:
-        return Path(_download(name))
+        return str(_download(name))
     except Exception as error:
         raise ModelLoadError(
             f"--model {name}: cannot get it from the hub ({_first_line(error)}). "

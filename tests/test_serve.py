@@ -1,0 +1,204 @@
+"""The server as a user would use it: a process, and the openai client."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+import openai
+import pytest
+from mlx_lm import generate
+
+from tova_mlx import make_prompt_cache
+
+LIMIT = 128
+pytestmark = pytest.mark.real_model
+
+
+@contextmanager
+def serving(*arguments):
+    """A server process on a free port, and a client of it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tova_mlx", "serve", "--port", str(port)]
+    process = subprocess.Popen(
+        [*command, *arguments], stderr=subprocess.PIPE, text=True
+    )
+    client = openai.OpenAI(
+        base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0
+    )
+    try:
+        for _ in range(600):
+            assert process.poll() is None, process.stderr.read()
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield process, client
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def server(demo_path):
+    arguments = ("--model", str(demo_path), "--max-kv-size", str(LIMIT))
+    with serving(*arguments, "--log-level", "ERROR") as running:
+        yield running
+
+
+@pytest.fixture
+def client(server):
+    return server[1]
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def chat(client, messages, **options):
+    options = {"model": "default_model", "max_tokens": 12, "temperature": 0} | options
+    return client.chat.completions.create(messages=messages, **options)
+
+
+def answer(client, question):
+    return chat(client, [user(question)]).choices[0].message.content
+
+
+QUESTION = "Name three rivers of Europe and say where each of them ends. " * 12
+
+
+def test_an_answer_is_that_of_the_library(client, demo):
+    model, tokenizer = demo
+    got = chat(client, [user(QUESTION)])
+    assert got.usage.prompt_tokens > LIMIT
+    assert got.usage.completion_tokens == 12
+    prompt = tokenizer.apply_chat_template([user(QUESTION)], add_generation_prompt=True)
+    want = generate(
+        model,
+        tokenizer,
+        prompt,
+        max_tokens=12,
+        prompt_cache=make_prompt_cache(model, LIMIT),
+    )
+    assert got.choices[0].message.content == want
+
+
+def test_a_stream_has_the_same_text(client):
+    chunks = list(chat(client, [user(QUESTION)], stream=True))
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert len(chunks) > 6
+    assert text == answer(client, QUESTION)
+
+
+def test_a_text_is_completed(client):
+    got = client.completions.create(
+        model="default_model", prompt="Call me", max_tokens=5, temperature=0
+    )
+    assert got.choices[0].text.strip()
+    assert got.choices[0].finish_reason == "length"
+
+
+def test_two_clients_at_once_get_their_own_answers(client):
+    questions = [QUESTION, "What is seven times eight?"]
+    alone = [answer(client, q) for q in questions]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda q: answer(client, q), questions * 2))
+    assert together == alone * 2
+
+
+def test_a_conversation_goes_on_from_what_is_cached(client):
+    messages = [user("What is the capital of France? Answer in one word. " * 12)]
+    first = chat(client, messages, max_tokens=60)
+    assert first.usage.prompt_tokens > LIMIT
+    said = first.choices[0]
+    assert said.finish_reason == "stop"
+    messages += [{"role": "assistant", "content": said.message.content}, user("Why?")]
+    second = chat(client, messages)
+    cached = second.usage.prompt_tokens_details.cached_tokens
+    # All but the new question; nothing could be taken back after evictions.
+    assert first.usage.prompt_tokens < cached < second.usage.prompt_tokens
+    assert second.choices[0].message.content
+
+
+def test_a_client_that_leaves_does_not_stop_the_server(client):
+    stream = chat(client, [user("Count to a thousand.")], stream=True, max_tokens=2000)
+    next(iter(stream))
+    stream.close()
+    assert answer(client, "What is seven times eight?")
+
+
+def test_models_are_listed_and_an_unknown_one_is_refused(client, demo_path):
+    assert str(demo_path) in [m.id for m in client.models.list()]
+    with pytest.raises(openai.NotFoundError) as refused:
+        chat(client, [user("Why?")], model="./nothing")
+    assert "no such directory" in refused.value.response.json()["error"]
+    assert answer(client, "What is seven times eight?")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_stops_when_told_to(demo_path, number):
+    with serving("--model", str(demo_path)) as (process, client):
+        assert answer(client, "Why?")
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "tova keeps 1024 tokens per layer" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--kv-bits", "4"), 1, "not quantised yet"),
+        (("--port", "{taken}"), 1, "cannot listen"),
+        (("--model", "./nothing"), 1, "no such directory"),
+        (("--policy", "window", "--memory", "0.5"), 1, "does not read memory"),
+        (("--no-such-option",), 2, "unrecognized arguments"),
+    ],
+)
+def test_what_cannot_be_served_ends_with_the_reason(
+    demo_path, arguments, code, message
+):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        arguments = [a.replace("{taken}", port) for a in arguments]
+        done = subprocess.run(
+            [sys.executable, "-m", "tova_mlx", "serve", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_memory_stays_bounded_over_growing_requests(small_path):
+    resident = []
+    arguments = ("--model", str(small_path), "--max-kv-size", "32")
+    with serving(*arguments, "--log-level", "ERROR") as (process, client):
+        for i in range(200):
+            chat(client, [user("word " * 5 * (i + 1))], max_tokens=1)
+            resident.append(resident_bytes(process.pid))
+    # Ten unbounded caches of 1,000 tokens would be 320 MB here.
+    assert median(resident[-20:]) - median(resident[40:60]) < 60e6
+
+
+def resident_bytes(pid):
+    status = Path(f"/proc/{pid}/status")
+    if status.exists():
+        return int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1]) * 1024
+    command = ["ps", "-o", "rss=", "-p", str(pid)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(found.stdout) * 1024

@@ -1,0 +1,32 @@
+"""tova-mlx run: mlx-lm's own tools in bounded memory."""
+
+from typing import Any
+
+import click
+
+from .options import cache_options, given
+from .tools import TOOLS, run_tool
+
+
+@click.command(
+    short_help="mlx-lm's own tools in bounded memory",
+    context_settings={
+        "allow_interspersed_args": False,
+        "ignore_unknown_options": True,
+    },
+)
+@cache_options
+@click.argument("tool", type=click.Choice(TOOLS))
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def run(tool: str, arguments: tuple[str, ...], **options: Any) -> None:
+    """mlx-lm's own tools in bounded memory
+
+    What stands before TOOL are options of the caches; what follows it goes to
+    mlx-lm's tool as it is, --help too.
+
+    Example: tova-mlx run --max-kv-size 512 generate --model demo --prompt "Why?"
+    """
+    from ..policies import settle
+
+    settle(options["policy"], options["max_kv_size"], given(options))
+    run_tool(tool, arguments, options)

@@ -1,0 +1,73 @@
+"""tova-mlx serve: mlx-lm's OpenAI-compatible server, every cache bounded."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from ..errors import OptionError
+from .models import directory
+from .options import cache_options, given, model_option
+from .tools import run_tool
+
+
+@click.command(
+    short_help="An OpenAI-compatible server in bounded memory",
+    context_settings={"ignore_unknown_options": True},
+)
+@model_option
+@cache_options
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def serve(arguments: tuple[str, ...], **options: Any) -> None:
+    """An OpenAI-compatible server in bounded memory
+
+    All other options go to mlx_lm.server: --host, --port, --draft-model, --temp,
+    --max-tokens, --prompt-cache-size, --log-level … ("mlx_lm.server --help" lists
+    them). Ctrl-C stops it.
+
+    Example: tova-mlx serve --max-kv-size 1024 --port 8080
+    """
+    from ..policies import settle
+
+    settle(options["policy"], options["max_kv_size"], given(options))
+    if any(a.split("=")[0] == "--kv-bits" for a in arguments):
+        raise OptionError(
+            "--kv-bits: bounded caches are not quantised yet. Leave it out, or use "
+            "mlx_lm.server."
+        )
+    path = directory(options["model"])
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from mlx_lm import server
+
+    class Provider(server.ModelProvider):
+        """Loads its model before it listens: an error then ends the command."""
+
+        def __init__(self, arguments: Any):
+            super().__init__(arguments)
+            self.load_default()
+
+    provider, server.ModelProvider = server.ModelProvider, Provider
+    # Its list of models fails where nothing was ever fetched from the hub.
+    Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, _interrupt) for number in numbers}
+    try:
+        run_tool("server", ["--model", path, *arguments], options)
+    except (OSError, KeyboardInterrupt) as error:
+        # mlx-lm's thread waits for requests and would keep the process alive.
+        if isinstance(error, OSError):
+            click.echo(f"Error: cannot listen: {error}. Try another --port.", err=True)
+        sys.stderr.flush()
+        os._exit(1 if isinstance(error, OSError) else 130)
+    finally:
+        server.ModelProvider = provider
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
