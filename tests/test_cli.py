@@ -47,16 +47,18 @@ def test_a_prompt_that_is_not_utf_8_is_refused(tmp_path):
     assert "is not UTF-8 text (byte 2)" in result.stderr
 
 
-def test_help_does_not_import_mlx():
+@pytest.mark.parametrize("command", main.commands)
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_has_an_example_and_does_not_import_mlx(command, option):
     code = (
         "import sys; from tova_mlx.cli import main\n"
-        "try: main(['generate', '--help'])\n"
+        f"try: main(['{command}', '{option}'])\n"
         "except SystemExit: pass\n"
         "sys.exit('mlx' in sys.modules or 'mlx_lm' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0
-    assert "Example:" in done.stdout
+    assert f"Example: tova-mlx {command}" in done.stdout
 
 
 @pytest.mark.real_model

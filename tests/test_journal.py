@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
+import zoo
 from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models import cache as mlx_lm_cache
 from test_cache import CASES, EXTRA
@@ -174,3 +175,22 @@ def test_mlx_lms_trimming_can_be_put_back():
     assert generate.trim_prompt_cache is mlx_lm_cache.trim_prompt_cache
     assert mlx_lm_cache.trim_prompt_cache is not trimming.trim_prompt_cache
     trimming.install()
+
+
+def test_caches_in_a_list_are_taken_back_together_or_not_at_all():
+    model = zoo.make("longcat_flash")
+    tokens = tiny.tokens(40)
+    caches = make_prompt_cache(model, LIMIT)
+    first = tiny.feed(model, tokens, caches, [30] + [1] * 10)
+    assert mlx_lm_cache.trim_prompt_cache(caches, 3) == 3
+    again = tiny.feed(model, tokens[:, -3:], caches, 1)
+    assert mx.abs(again - first[:, -3:]).max() < 1e-4
+    assert mlx_lm_cache.trim_prompt_cache(caches, 20) == 0
+    assert caches[0][0].offset == 40
+    with pytest.raises(CacheStateError, match="20 drafted tokens"):
+        trimming.trim_or_raise(caches, 20)
+    # A state that cannot be taken back keeps the whole list as it is.
+    caches = make_prompt_cache(hybrid := zoo.make("falcon_h1"), LIMIT)
+    tiny.feed(hybrid, tokens, caches, [30] + [1] * 10)
+    assert mlx_lm_cache.trim_prompt_cache(caches, 3) == 0
+    assert caches[0][1].offset == 40

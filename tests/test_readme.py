@@ -10,7 +10,10 @@ from pathlib import Path
 import mlx_lm
 import pytest
 from click.testing import CliRunner
+from mlx_lm import server
+from test_serve import serving
 
+from tova_mlx import revert
 from tova_mlx.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -37,31 +40,58 @@ def test_the_quality_table_is_that_of_the_results():
     assert "fade" in block
 
 
+@pytest.fixture
+def port(demo_path):
+    with serving("--model", str(demo_path), "--log-level", "ERROR") as (_, client):
+        yield client.base_url.port
+
+
 @pytest.mark.real_model
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_programs_run(program, demo, monkeypatch, capsys):
+def test_programs_run(program, demo, monkeypatch, capsys, tmp_path, request):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(mlx_lm, "load", lambda _: demo)
+    if "8080" in program:
+        program = program.replace("8080", str(request.getfixturevalue("port")))
     names = {}
     exec(compile(program, "README.md", "exec"), names)
     printed = capsys.readouterr().out
     assert bool(printed.strip()) == ("print(" in program)
     if "cache" in names:
         assert len(names["cache"]) == len(demo[0].layers)
+    revert(demo[0])
 
 
 @pytest.mark.real_model
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_commands_run(command, demo_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_commands_run(command, demo_path, monkeypatch, tmp_path):
     name, *arguments = command
     if name == ".venv/bin/tova-mlx":
-        result = CliRunner().invoke(main, arguments)
-        assert result.exit_code == 0, result.stderr
-        assert result.stdout.strip()
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+        # A server that stops when it would listen, and chats that are left.
+        monkeypatch.setattr(
+            server, "_run_http_server", lambda *a: a[-1].stop_and_join()
+        )
+        typed = "q\n" if arguments[0] == "run" else "/exit\n"
+        result = CliRunner().invoke(main, arguments, input=typed)
+        assert result.exit_code == 0, (result.stderr, result.exception)
+        assert result.stdout.strip() or arguments[0] in ("chat", "serve")
     else:
         assert name in ("scripts/demo.sh", "scripts/test.sh")
-        assert os.access(name, os.X_OK)
-        subprocess.run(["bash", "-n", name], check=True)
+        assert os.access(ROOT / name, os.X_OK)
+        subprocess.run(["bash", "-n", ROOT / name], check=True)
+
+
+def test_completion_knows_the_commands():
+    shell = {"COMP_WORDS": "tova-mlx se", "COMP_CWORD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tova_mlx"],
+        env={**os.environ, **shell, "_TOVA_MLX_COMPLETE": "bash_complete"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "plain,serve\n"
 
 
 def test_the_readme_shows_programs_and_commands():

@@ -1,6 +1,7 @@
 import json
 
 import tiny
+import zoo
 
 from tova_mlx import describe, make_prompt_cache
 
@@ -29,3 +30,13 @@ def test_a_model_is_described_by_the_caches_it_makes():
     report = describe(tiny.make())
     assert [r.kind for r in report.rows] == ["KVCache"] * 3
     assert report.totals["bytes_at_most"] is None
+
+
+def test_a_layer_with_several_caches_is_one_row():
+    model = zoo.make("falcon_h1")
+    caches = make_prompt_cache(model, 16)
+    tiny.feed(model, tiny.tokens(40), caches, 8)
+    row = describe(caches).rows[0]
+    assert row.kind == "ArraysCache + TOVACache"
+    assert (row.policy, row.tokens_held, row.tokens_seen) == ("tova", 16, 40)
+    assert row.bytes_now == caches[0].nbytes <= row.bytes_at_most

@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
+import zoo
 from mlx_lm.models import cache as mlx_lm_cache
 from test_cache import CASES, EXTRA
 
@@ -188,3 +189,20 @@ def test_a_save_that_fails_leaves_the_old_file(model, tmp_path, monkeypatch):
         save_prompt_cache(tmp_path / "nowhere" / "a.safetensors", read(model))
     with pytest.raises(CacheStateError, match="no such file"):
         load_prompt_cache(tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize("name", ["longcat_flash", "falcon_h1", "gemma3n", "gemma3"])
+def test_models_with_caches_of_several_kinds_go_on_the_same(name, tmp_path):
+    model, path = zoo.make(name), tmp_path / "prompt.safetensors"
+    convert(model, 12)
+    caches = model.make_cache()
+    tiny.feed(model, tiny.tokens(22), caches, SIZES)
+    save_prompt_cache(path, caches, model=model)
+    more = tiny.tokens(12, seed=5)
+    want = tiny.feed(model, more, caches, [5, 1, 1, 1, 4])
+    loaded, _ = load_prompt_cache(path, model=model)
+    got = tiny.feed(model, more, loaded, [5, 1, 1, 1, 4])
+    assert mx.array_equal(want, got)
+    convert(model, 13)
+    with pytest.raises(CacheStateError, match=r"max_size=12.*makes.*max_size=13"):
+        load_prompt_cache(path, model=model)

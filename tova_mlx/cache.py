@@ -291,13 +291,15 @@ class PolicyKVCache:
     @property
     def state(self) -> tuple[Any, ...]:
         """Arrays and scalars that `from_state` rebuilds the cache from."""
-        return pack(self._slots, self.prefill)
+        return pack(self._slots, prefill=self.prefill, shares=self._given.shares)
 
     @state.setter
     def state(self, state: tuple[Any, ...]) -> None:
-        slots, prefill = unpack(state)
-        self._configure(slots.rule, prefill, slots.journal.length)
+        slots, how = unpack(state)
+        self._configure(slots.rule, how["prefill"], slots.journal.length)
         self._slots = slots
+        if how["shares"]:
+            self.share()
 
     @classmethod
     def from_state(cls, state: tuple[Any, ...]) -> "PolicyKVCache":

@@ -16,19 +16,22 @@ from .slots import Slots
 _VERSION = 1
 
 
-def pack(slots: Slots, prefill: str) -> tuple[Any, ...]:
-    """What mlx-lm calls `state`: arrays or None, tokens seen, and a JSON string."""
+def pack(slots: Slots, **how: Any) -> tuple[Any, ...]:
+    """What mlx-lm calls `state`: arrays or None, tokens seen, and a JSON string.
+
+    how: `prefill` and `shares`, which are not of the slots.
+    """
     config = {
         "version": _VERSION,
         "rule": slots.rule.as_dict(),
-        "prefill": prefill,
         "journal": slots.journal.length,
+        **how,
     }
     return (*slots.arrays, slots.offset, json.dumps(config))
 
 
-def unpack(state: tuple[Any, ...]) -> tuple[Slots, str]:
-    """The slots and `prefill` of a `pack`.
+def unpack(state: tuple[Any, ...]) -> tuple[Slots, dict[str, Any]]:
+    """The slots and `how` of a `pack`.
 
     Raises CacheStateError for what is no such state, or cannot be one.
     """
@@ -47,7 +50,7 @@ def unpack(state: tuple[Any, ...]) -> tuple[Slots, str]:
         slots.positions, slots.scores = positions, scores
         slots.norms, slots.victim = norms, victim
         _check(slots)
-        return slots, config["prefill"]
+        return slots, {name: config[name] for name in ("prefill", "shares")}
     except (TypeError, ValueError, KeyError) as error:
         raise CacheStateError(
             f"This is not the state of a tova_mlx cache ({error}). Make it again "
