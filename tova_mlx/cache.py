@@ -14,7 +14,13 @@ from mlx_lm.models.base import create_causal_mask
 
 from . import attention, trimming
 from .errors import CacheStateError, OptionError, UnsupportedModelError
-from .evicting import attend_and_keep, evict, evict_by_weights, evict_oldest
+from .evicting import (
+    attend_and_keep,
+    check_values,
+    evict,
+    evict_by_weights,
+    evict_oldest,
+)
 from .eviction import window_mask
 from .newest import attend_newest
 from .policies import Granularity, Rule, settle
@@ -181,22 +187,21 @@ class PolicyKVCache:
         return "causal"
 
     def update_and_fetch(
-        self, keys: mx.array, values: mx.array
+        self, keys: mx.array, values: mx.array, *, module: str | None = None
     ) -> tuple[mx.array, mx.array]:
-        """Store new rows [B, n_kv_heads, L, head_dim]; return all to attend to."""
+        """Store new rows [B, n_kv_heads, L, head_dim]; return all to attend to.
+
+        module: who is going to attend; the caller's if not given.
+        """
         if self._awaits is not None:
-            raise UnsupportedModelError(
-                f"{self._awaits} computes its own attention, so {self.rule.policy} "
-                "cannot see its queries. Use policy window or streaming, or another "
-                "model."
-            )
+            raise attention.unseen(self._awaits, self.rule.policy)
         self._check_rows(keys)
         # Before anything is written: a second reference turns a write into a copy.
         self._given.forget()
         length = keys.shape[2]
         limit = self.rule.max_size
         if self.rule.reads_attention:
-            self._awaits = sys._getframe(1).f_globals.get("__name__", "the model")
+            self._awaits = module or sys._getframe(1).f_globals["__name__"]
         fits = limit is None or self.offset + length <= limit
         # A memory must see every query, so even a chunk that fits is scanned.
         if length == 1 or (fits and not self.rule.memory):
@@ -230,7 +235,7 @@ class PolicyKVCache:
             if self._awaits is None:
                 self._check_shared()
                 return self._given.attend(queries, keys, values, **how)
-            self._check_values(values)
+            check_values(self._awaits, rule, slots.values, values)
             self._awaits = None
         if rule.memory or slots.evicted:
             if queries.shape[2] == 1:
@@ -296,8 +301,7 @@ class PolicyKVCache:
     @state.setter
     def state(self, state: tuple[Any, ...]) -> None:
         slots, how = unpack(state)
-        self._configure(slots.rule, how["prefill"], slots.journal.length)
-        self._slots = slots
+        self._take(slots, how["prefill"])
         if how["shares"]:
             self.share()
 
@@ -308,6 +312,39 @@ class PolicyKVCache:
         cache.state = state
         return cache
 
+    @property
+    def slots(self) -> Slots:
+        """What is held, and where."""
+        return self._slots
+
+    @classmethod
+    def of_slots(cls, slots: Slots, prefill: str) -> "PolicyKVCache":
+        """A cache that holds these."""
+        cache = cls.__new__(cls)
+        cache._take(slots, prefill)
+        return cache
+
+    def _take(self, slots: Slots, prefill: str) -> None:
+        self._configure(slots.rule, prefill, slots.journal.length)
+        self._slots = slots
+
+    # Batches
+
+    @property
+    def merge(self) -> Any:
+        """`BatchPolicyKVCache.merge`; absent where other layers share these keys.
+
+        mlx-lm's server takes its presence for the ability to serve several requests
+        at once.
+        """
+        if self._given.shares:
+            raise AttributeError(
+                f"{self.rule.policy}: keys shared among layers are not batched."
+            )
+        from .batch import BatchPolicyKVCache
+
+        return BatchPolicyKVCache.merge
+
     # What cannot be right
 
     def _check_shared(self) -> None:
@@ -317,26 +354,6 @@ class PolicyKVCache:
                 f"{self.rule.policy} follows only in caches that `make_prompt_cache` "
                 "or `convert` made for a model that shares keys and values. Use them, "
                 "or policy window or streaming."
-            )
-
-    def _check_values(self, values: mx.array) -> None:
-        """Head by head, and by value, only if the stored heads are the attended."""
-        rule, stored = self.rule, self._slots.values
-        if stored is None or not (rule.per_head or rule.value_weighted):
-            return
-        own = (stored.shape[1], stored.shape[3])
-        if own == (values.shape[1], values.shape[3]):
-            return
-        if rule.value_weighted:
-            raise UnsupportedModelError(
-                f"{self._awaits} attends to other values than it stores (latents, or "
-                f"repeated heads), so {rule.policy} cannot weigh them. Use "
-                "value_weighted=False, or policy tova."
-            )
-        if stored.shape[1] > 1:
-            raise UnsupportedModelError(
-                f"{self._awaits} repeats its KV heads in an order of its own, so "
-                f"{rule.policy} cannot choose per head. Use granularity='layer'."
             )
 
     def _check_rows(self, keys: mx.array) -> None:

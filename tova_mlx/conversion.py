@@ -168,7 +168,4 @@ def _check_model(model: nn.Module, rule: Rule, caches: list[Any]) -> None:
     if not rule.reads_attention:
         return
     if not any(attention.is_seen(n) for n in names if n in sys.modules):
-        raise UnsupportedModelError(
-            f"{type(model).__module__} computes its own attention, so {rule.policy} "
-            "cannot see its queries. Use policy window or streaming, or another model."
-        )
+        raise attention.unseen(type(model).__module__, rule.policy)

@@ -10,15 +10,39 @@ import mlx.core as mx
 import numpy as np
 
 from .block import BlockResult, attend_block
+from .errors import UnsupportedModelError
 from .eviction import choose_victim, update_scores, window_columns
 from .journal import Scores
+from .policies import Rule
 from .slots import Slots, to_mlx
+from .stack import Stack
 
 
-def evict(slots: Slots, scores: mx.array | None = None) -> None:
+def evict(slots: Slots | Stack, scores: mx.array | None = None) -> None:
     """Mark the slot that the next token takes; without scores the oldest leaves."""
     assert slots.positions is not None
-    slots.victim = choose_victim(slots.positions, scores, slots.offset - 1, slots.rule)
+    slots.victim = choose_victim(slots.positions, scores, slots.newest, slots.rule)
+
+
+def check_values(
+    module: str, rule: Rule, stored: mx.array | None, values: mx.array
+) -> None:
+    """Head by head, and by value, only if the stored heads are the attended."""
+    if stored is None or not (rule.per_head or rule.value_weighted):
+        return
+    if (stored.shape[1], stored.shape[3]) == (values.shape[1], values.shape[3]):
+        return
+    if rule.value_weighted:
+        raise UnsupportedModelError(
+            f"{module} attends to other values than it stores (latents, or repeated "
+            f"heads), so {rule.policy} cannot weigh them. Use value_weighted=False, or "
+            "policy tova."
+        )
+    if stored.shape[1] > 1:
+        raise UnsupportedModelError(
+            f"{module} repeats its KV heads in an order of its own, so {rule.policy} "
+            "cannot choose per head. Use granularity='layer'."
+        )
 
 
 def evict_oldest(slots: Slots) -> None:
@@ -31,10 +55,12 @@ def evict_oldest(slots: Slots) -> None:
     slots.keep(np.broadcast_to(kept, (batch, 1, len(kept))))
 
 
-def evict_by_weights(slots: Slots, output: mx.array, weights: mx.array) -> mx.array:
+def evict_by_weights(
+    slots: Slots | Stack, output: mx.array, weights: mx.array
+) -> mx.array:
     """The output, once the newest query's weights have chosen who leaves."""
     n = weights.shape[3]
-    norms, old = slots.first(slots.norms, n), slots.first(slots.scores, n)
+    norms, old = Slots.first(slots.norms, n), Slots.first(slots.scores, n)
     scores = update_scores(weights, norms, old, slots.rule)
     slots.remember(scores)
     if slots.evicted:

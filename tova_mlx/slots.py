@@ -15,6 +15,7 @@ from .journal import Gone, Journal, Scores
 from .policies import Rule
 
 _LAST = 2**31 - 1
+_STEP = 256
 
 
 def to_mlx(array: Any) -> mx.array:
@@ -35,6 +36,34 @@ def gather(array: mx.array, columns: Any) -> mx.array:
     return mx.take_along_axis(array, mx.broadcast_to(index, shape), axis=2)
 
 
+def put(array: mx.array, rows: mx.array, slot: mx.array) -> mx.array:
+    """Write rows [B, H, 1(, D)] into slots [B, H', 1] of an array [B, H, S(, D)]."""
+    slot = slot.reshape(*slot.shape, *[1] * (rows.ndim - 3))
+    return mx.put_along_axis(array, mx.broadcast_to(slot, rows.shape), rows, axis=2)
+
+
+def numbered(batch: int, choosers: int, start: int, n: int) -> mx.array:
+    """The positions from `start` on, int32 [B, H', n]."""
+    count = mx.arange(start, start + n, dtype=mx.int32)
+    return mx.broadcast_to(count, (batch, choosers, n))
+
+
+def held(offset: int, limit: int | None) -> int:
+    """Tokens held after `offset` seen."""
+    return offset if limit is None else min(offset, limit)
+
+
+def allocation(n: int, limit: int | None) -> int:
+    """Slots to allocate for n tokens."""
+    slots = -(-n // _STEP) * _STEP
+    return slots if limit is None else min(slots, limit + 1)
+
+
+def l2_norms(values: mx.array) -> mx.array:
+    """Norms of rows, float32."""
+    return mx.linalg.norm(values.astype(mx.float32), axis=-1)
+
+
 class Slots:
     """The arrays of one layer under a rule.
 
@@ -47,8 +76,6 @@ class Slots:
         victim: uint32 [B, H', 1], the slot to write next; None: slot `size()`.
         journal: what the last steps destroyed.
     """
-
-    step = 256
 
     def __init__(self, rule: Rule, journal: int = 0):
         self.rule = rule
@@ -63,13 +90,22 @@ class Slots:
 
     def size(self) -> int:
         """Tokens held."""
-        limit = self.rule.max_size
-        return self.offset if limit is None else min(self.offset, limit)
+        return held(self.offset, self.rule.max_size)
 
     @property
     def evicted(self) -> bool:
         """Whether a token has left."""
         return self.offset > self.size()
+
+    @property
+    def newest(self) -> int:
+        """The position of the newest token."""
+        return self.offset - 1
+
+    @property
+    def taken(self) -> int:
+        """Slots in use, the dead one included."""
+        return self.size() + (self.victim is not None)
 
     @property
     def arrays(self) -> tuple[mx.array | None, ...]:
@@ -123,7 +159,7 @@ class Slots:
         self.keys = self._write(self.keys, keys, start)
         self.values = self._write(self.values, values, start)
         if self.norms is not None:
-            self.norms = self._write(self.norms, _l2_norms(values), start)
+            self.norms = self._write(self.norms, l2_norms(values), start)
         if self.positions is not None:
             position = self._numbered(keys, self.offset, length)
             self.positions = self._write(self.positions, position, start)
@@ -144,7 +180,7 @@ class Slots:
         self._note_dead_slot()
         length = keys.shape[2]
         positions = self._numbered(keys, self.offset, length)
-        norms = _l2_norms(values) if self.rule.value_weighted else None
+        norms = l2_norms(values) if self.rule.value_weighted else None
         if self.keys is not None and self.values is not None and self.offset:
             order = self._order()
             positions = mx.concatenate([self.held_positions(), positions], axis=2)
@@ -163,7 +199,7 @@ class Slots:
 
     def keep(self, columns: np.ndarray[Any, Any]) -> None:
         """Move the surviving columns [B, H', size()] into the first slots."""
-        spare = self._allocation(self.size() + 1) - self.size()
+        spare = allocation(self.size() + 1, self.rule.max_size) - self.size()
         # The free slots' contents are never read; any column will do.
         padded = np.pad(columns, [(0, 0), (0, 0), (0, spare)])
         assert self.keys is not None
@@ -301,20 +337,13 @@ class Slots:
         return np.array(mx.argsort(mx.where(positions < to, positions, _LAST), axis=-1))
 
     def _numbered(self, keys: mx.array, start: int, n: int) -> mx.array:
-        shape = (keys.shape[0], self.choosers(keys), n)
-        return mx.broadcast_to(mx.arange(start, start + n, dtype=mx.int32), shape)
-
-    def _allocation(self, n: int) -> int:
-        """Slots to allocate for n tokens."""
-        slots = -(-n // self.step) * self.step
-        limit = self.rule.max_size
-        return slots if limit is None else min(slots, limit + 1)
+        return numbered(keys.shape[0], self.choosers(keys), start, n)
 
     def _reserve(self, n: int, keys: mx.array, values: mx.array) -> None:
-        held = 0 if self.keys is None else self.keys.shape[2]
-        if n <= held:
+        there = 0 if self.keys is None else self.keys.shape[2]
+        if n <= there:
             return
-        spare = self._allocation(n) - held
+        spare = allocation(n, self.rule.max_size) - there
 
         def grow(array: mx.array | None, *shape: int, dtype: Any) -> mx.array:
             new = mx.zeros(shape, dtype)
@@ -339,8 +368,7 @@ class Slots:
         if self.victim is None or self.victim.size == 1:
             slot = mx.array([start]) if self.victim is None else self.victim
             return mx.slice_update(array, rows, slot.reshape(1), (2,))
-        slot = self.victim.reshape(*self.victim.shape, *[1] * (rows.ndim - 3))
-        return mx.put_along_axis(array, mx.broadcast_to(slot, rows.shape), rows, axis=2)
+        return put(array, rows, self.victim)
 
     def _order(self) -> mx.array | None:
         """Slots held in order of position [B, H', size()]; None: the first ones."""
@@ -366,7 +394,3 @@ def _ordered_scores(before: Scores, n: int) -> mx.array:
     if before.victim is None:
         return before.scores[..., :n]
     return gather(before.scores, _in_order(before.positions, before.victim, n))
-
-
-def _l2_norms(values: mx.array) -> mx.array:
-    return mx.linalg.norm(values.astype(mx.float32), axis=-1)

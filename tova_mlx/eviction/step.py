@@ -34,12 +34,16 @@ def update_scores(
 
 
 def choose_victim(
-    positions: mx.array, scores: mx.array | None, newest: int, rule: Rule
+    positions: mx.array,
+    scores: mx.array | None,
+    newest: int | mx.array,
+    rule: Rule,
 ) -> mx.array:
     """The slot with the lowest score among the unprotected; ties to the oldest.
 
     positions: int32 [R, S], every slot taken; newest: the position of the newest
-    token. Returns uint32 [R, 1], always a slot of the cache, whatever the scores hold.
+    token, or of each row's [B, 1, 1]. Returns uint32 [R, 1], always a slot of the
+    cache, whatever the scores hold.
     """
     ages = positions
     if rule.n_sinks or rule.n_recent:

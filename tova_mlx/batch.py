@@ -1,0 +1,337 @@
+"""Rows of unequal length in one cache: mlx-lm's batch protocol.
+
+Each row is what it would be alone. While prompts are read, every row is a cache of its
+own: who leaves is settled row by row anyway. While one token a row is decoded, all rows
+lie in one `Stack` and a step is one operation. Padding is cut off before it comes to a
+row, so it can neither attend, be attended to, take a slot nor leave one.
+"""
+
+import copy
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from .attention import unseen
+from .cache import PolicyKVCache
+from .errors import CacheStateError
+from .evicting import check_values, evict, evict_by_weights
+from .newest import attend_newest
+from .slots import held, to_mlx
+from .stack import Stack, step_mask
+
+# The part of a chunk that is a row's own: from, to.
+Span = tuple[int, int]
+
+
+class _Given(NamedTuple):
+    """What a row's update gave, and where that lies in the batch's arrays."""
+
+    queries: slice
+    columns: slice
+    keys: mx.array
+    values: mx.array
+
+
+class BatchPolicyKVCache:
+    """Caches of one row each, as one cache of a layer.
+
+    Made by `merge`, as mlx-lm's `BatchGenerator` does. `offset` is an array here: the
+    position of the next token, int32 [B].
+    """
+
+    def __init__(self, rows: Sequence[PolicyKVCache]):
+        self._rows = list(rows)
+        self._stack: Stack | None = None
+        self.rule = rows[0].rule
+        self._kind, self._prefill = type(rows[0]), rows[0].prefill
+        self._journal = rows[0].slots.journal.length
+        # Padding on the left, and own tokens after it (None: all that come), per row;
+        # how much of both has come.
+        self._left = [0] * len(self._rows)
+        self._lengths: list[int] | None = None
+        self._done = 0
+        self._awaits: str | None = None
+        self._given: list[_Given] = []
+        self._fetched: list[mx.array] = []
+
+    @classmethod
+    def merge(cls, caches: Sequence[PolicyKVCache]) -> "BatchPolicyKVCache":
+        """A batch of copies of these caches.
+
+        Raises CacheStateError: caches of different rules, or of several rows.
+        """
+        first = caches[0]
+        for cache in caches:
+            if (cache.rule, cache.prefill) != (first.rule, first.prefill):
+                raise CacheStateError(
+                    f"{first.rule.policy}: caches of different options ({first.rule} "
+                    f"and {cache.rule}) cannot be one batch. Convert the model once, "
+                    "then make all of them."
+                )
+            if cache.keys is not None and cache.keys.shape[0] != 1:
+                raise CacheStateError(
+                    f"{first.rule.policy}: a cache of {cache.keys.shape[0]} rows "
+                    "cannot be a row of a batch. Use caches of one row."
+                )
+        return cls([copy.deepcopy(c) for c in caches])
+
+    # What mlx-lm does with a batch
+
+    def extract(self, idx: int) -> PolicyKVCache:
+        """One row as a cache of its own; the batch keeps it too."""
+        if self._stack is None:
+            return copy.deepcopy(self._rows[idx])
+        return self._row(idx)
+
+    def filter(self, batch_indices: Iterable[int]) -> None:
+        """Keep just these rows, in this order."""
+        indices = np.array(batch_indices).reshape(-1).tolist()
+        rows = self._unstacked()
+        self._rows = [rows[i] for i in indices]
+        self._left = [self._left[i] for i in indices]
+        if self._lengths is not None:
+            self._lengths = [self._lengths[i] for i in indices]
+
+    def extend(self, other: "BatchPolicyKVCache") -> None:
+        """Take in the rows of another batch, behind one's own."""
+        if self._pending or other._pending:
+            raise CacheStateError(
+                f"{self.rule.policy}: rows cannot join while padded prompts are read. "
+                "Call finalize first."
+            )
+        self._rows = [*self._unstacked(), *other._unstacked()]
+        self._left = [0] * len(self._rows)
+
+    def prepare(
+        self,
+        *,
+        left_padding: Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None,
+        right_padding: Sequence[int] | None = None,
+    ) -> None:
+        """Announce padded chunks, up to `finalize`.
+
+        left_padding: padding before each row's tokens; lengths: tokens of each row;
+        right_padding: known from the lengths, and refused without them.
+        """
+        if right_padding is not None and max(right_padding) > 0 and lengths is None:
+            raise CacheStateError(
+                f"{self.rule.policy}: right_padding without lengths does not say "
+                "where a row ends. Give lengths too."
+            )
+        if left_padding is not None:
+            self._left = [int(n) for n in left_padding]
+        if lengths is not None:
+            self._lengths = [int(n) for n in lengths]
+        self._done = 0
+
+    def finalize(self) -> None:
+        """The end of what `prepare` announced."""
+        self._left = [0] * len(self._left)
+        self._lengths, self._done = None, 0
+
+    # The model's side
+
+    @property
+    def offset(self) -> mx.array:
+        """The position of each row's next token, int32 [B]; below 0 in padding."""
+        ahead = [max(0, left - self._done) for left in self._left]
+        return mx.array([o - a for o, a in zip(self._offsets, ahead, strict=True)])
+
+    def make_mask(
+        self, N: int, window_size: int | None = None, return_array: bool = False
+    ) -> mx.array | str | None:
+        """Who sees whom, bool [B, 1, N, columns]; None: everyone all."""
+        if self._steps(N) and window_size is None:
+            return step_mask(self._offsets, self.rule.max_size)
+        rows, spans = self._unstacked(), self._cut(N)
+        before = max(row.size() for row in rows)
+        # Padding looks at everything, or its output would not be a number.
+        mask = np.ones((len(rows), 1, N, before + N), np.bool_)
+        for i, (row, (start, stop)) in enumerate(zip(rows, spans, strict=True)):
+            own = row.make_mask(stop - start, window_size, True) if stop > start else 0
+            first = before + start - row.size()
+            mask[i, 0, start:stop] = False
+            mask[i, 0, start:stop, first : before + stop] = (
+                np.array(own) if isinstance(own, mx.array) else True
+            )
+        return to_mlx(mask)
+
+    def update_and_fetch(
+        self, keys: mx.array, values: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Store new rows [B, n_kv_heads, L, head_dim]; return all to attend to."""
+        if self._awaits is not None:
+            raise unseen(self._awaits, self.rule.policy)
+        module = None
+        if self.rule.reads_attention:
+            module = sys._getframe(1).f_globals.get("__name__", "the model")
+        length = keys.shape[2]
+        if not self._steps(length):
+            return self._update_rows(keys, values, module)
+        if self._stack is None:
+            parts = [row.slots for row in self._rows]
+            self._stack = Stack(parts, keys, values)
+            self._rows = []
+        self._awaits = module
+        given = self._stack.append(keys, values)
+        if self._stack.evicted and not self.rule.reads_attention:
+            evict(self._stack)
+        return given
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        *,
+        scale: float,
+        mask: mx.array | str | None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        """Attention of queries [B, n_heads, L, head_dim], as in PolicyKVCache."""
+        how: dict[str, Any] = {"scale": scale, "sinks": sinks}
+        if self._stack is None:
+            return self._attend_rows(queries, keys, values, mask, **how)
+        if self.rule.reads_attention:
+            module, self._awaits = self._awaits, None
+            assert module is not None
+            check_values(module, self.rule, self._stack.values, values)
+        output, weights = attend_newest(queries, keys, values, mask=mask, **how)
+        if self.rule.reads_attention:
+            output = evict_by_weights(self._stack, output, weights)
+        return output
+
+    # What is held
+
+    def size(self) -> int:
+        """Tokens held by the row that holds most."""
+        return held(max(self._offsets, default=0), self.rule.max_size)
+
+    def empty(self) -> bool:
+        return not any(self._offsets)
+
+    def is_trimmable(self) -> bool:
+        return False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        if self._stack is not None:
+            return self._stack.nbytes
+        return sum(row.nbytes for row in self._rows)
+
+    @property
+    def state(self) -> list[Any]:
+        """All arrays, to be evaluated."""
+        if self._stack is not None:
+            return self._stack.arrays
+        return [row.state for row in self._rows]
+
+    # Rows
+
+    @property
+    def _offsets(self) -> list[int]:
+        if self._stack is not None:
+            return self._stack.offsets
+        return [row.offset for row in self._rows]
+
+    @property
+    def _pending(self) -> bool:
+        """Whether what comes may hold padding."""
+        return self._lengths is not None or any(n > self._done for n in self._left)
+
+    def _steps(self, length: int) -> bool:
+        """Whether a chunk of this length is one token for every row."""
+        return length == 1 and not self._pending
+
+    def _cut(self, length: int) -> list[Span]:
+        """What of the next chunk is each row's own."""
+        spans = []
+        for i, left in enumerate(self._left):
+            start = min(length, max(0, left - self._done))
+            stop = length
+            if self._lengths is not None:
+                end = left + self._lengths[i] - self._done
+                stop = min(length, max(start, end))
+            spans.append((start, stop))
+        return spans
+
+    def _row(self, i: int) -> PolicyKVCache:
+        assert self._stack is not None
+        part = self._stack.part(i, self._journal)
+        return self._kind.of_slots(part, self._prefill)
+
+    def _unstacked(self) -> list[PolicyKVCache]:
+        if self._stack is not None:
+            self._rows = [self._row(i) for i in range(len(self._stack.offsets))]
+            self._stack = None
+        return self._rows
+
+    def _update_rows(
+        self, keys: mx.array, values: mx.array, module: str | None
+    ) -> tuple[mx.array, mx.array]:
+        rows, length = self._unstacked(), keys.shape[2]
+        before = max(row.size() for row in rows)
+        self._given, padded = [], []
+        for i, (row, (start, stop)) in enumerate(
+            zip(rows, self._cut(length), strict=True)
+        ):
+            new = (keys[i : i + 1, :, start:stop], values[i : i + 1, :, start:stop])
+            first = before + start - row.size()
+            if stop > start:
+                given = row.update_and_fetch(*new, module=module)
+            else:
+                given = new if row.empty() else row.keys_and_values()
+            queries, columns = slice(start, stop), slice(first, before + stop)
+            self._given.append(_Given(queries, columns, *given))
+            around = (first, length - stop)
+            padded.append([mx.pad(a, [(0, 0), (0, 0), around, (0, 0)]) for a in given])
+        self._done += length
+        self._fetched = [mx.concatenate(list(a)) for a in zip(*padded, strict=True)]
+        return self._fetched[0], self._fetched[1]
+
+    def _attend_rows(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        mask: Any,
+        **how: Any,
+    ) -> mx.array:
+        length = queries.shape[2]
+        as_given = keys is self._fetched[0] and values is self._fetched[1]
+        outputs = []
+        for i, (row, given) in enumerate(zip(self._rows, self._given, strict=True)):
+            start, stop = given.queries.start, given.queries.stop
+            if start == stop:
+                shape = (1, queries.shape[1], length, values.shape[3])
+                outputs.append(mx.zeros(shape, queries.dtype))
+                continue
+            mine = (given.keys, given.values)
+            if not as_given:
+                # A model that made other keys of them, latents for example.
+                columns = (slice(i, i + 1), slice(None), given.columns)
+                mine = (keys[columns], values[columns])
+            output = row.attend(
+                queries[i : i + 1, :, given.queries],
+                *mine,
+                mask=_mask_of_row(mask, i, given),
+                **how,
+            )
+            around = [(0, 0), (0, 0), (start, length - stop), (0, 0)]
+            outputs.append(mx.pad(output, around))
+        self._given, self._fetched = [], []
+        return mx.concatenate(outputs)
+
+
+def _mask_of_row(mask: Any, row: int, given: _Given) -> Any:
+    if not isinstance(mask, mx.array):
+        return mask
+    mask = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
+    if mask.shape[0] > 1:
+        mask = mask[row : row + 1]
+    return mask[:, :, given.queries, given.columns]

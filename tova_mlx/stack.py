@@ -1,0 +1,159 @@
+"""The slots of many rows in one set of arrays, for steps of one token a row.
+
+Every row has its own number of tokens: a row that is not full yet writes into its next
+free slot, a full one into the slot of its victim. Free slots are hidden by `step_mask`.
+Shapes as in `slots`: B rows, H' choosers, S slots.
+"""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from .slots import Slots, allocation, held, l2_norms, numbered, put
+
+# Those with slots in axis 2, by the names that `Slots` has for them.
+_ARRAYS = ("keys", "values", "positions", "scores", "norms")
+
+
+class Stack:
+    """The rows of several `Slots` of one rule, each of one row.
+
+    Args:
+        parts: what is stacked; not changed.
+        keys, values: the next step's rows [B, n_kv_heads, 1, head_dim], for shapes.
+
+    Attributes:
+        offsets: tokens seen, per row.
+        keys, values, positions, scores, norms: as in `Slots`, positions always there.
+        victim: uint32 [B, H', 1]; read only for rows that have evicted.
+    """
+
+    def __init__(self, parts: Sequence[Slots], keys: mx.array, values: mx.array):
+        rule = self.rule = parts[0].rule
+        self.offsets = [p.offset for p in parts]
+        self.victim: mx.array | None = None
+        n_kv_heads = keys.shape[1]
+        self._choosers = parts[0].choosers(keys)
+        n = allocation(max(p.size() for p in parts) + 1, rule.max_size)
+        empty = {
+            "keys": mx.zeros((1, n_kv_heads, 0, keys.shape[3]), keys.dtype),
+            "values": mx.zeros((1, n_kv_heads, 0, values.shape[3]), values.dtype),
+            "positions": mx.zeros((1, self._choosers, 0), mx.int32),
+            "scores": mx.zeros((1, self._choosers, 0)) if rule.memory else None,
+            "norms": mx.zeros((1, n_kv_heads, 0)) if rule.value_weighted else None,
+        }
+        self.keys = self.values = self.positions = keys
+        self.scores: mx.array | None = None
+        self.norms: mx.array | None = None
+        for name, nothing in empty.items():
+            if nothing is None:
+                continue
+            rows = []
+            for part in parts:
+                row = getattr(part, name) if part.keys is not None else nothing
+                if row is None:  # positions of a row that has not evicted
+                    row = numbered(1, self._choosers, 0, part.taken)
+                rows.append(_padded(row[:, :, : part.taken], n))
+            setattr(self, name, mx.concatenate(rows))
+        slots = []
+        for part in parts:
+            slot = part.victim
+            if slot is None:
+                slot = mx.full((1, self._choosers, 1), part.size(), mx.uint32)
+            slots.append(slot)
+        # Where the next token of each row goes.
+        self._slot = mx.concatenate(slots)
+
+    @property
+    def evicted(self) -> bool:
+        """Whether a row has evicted."""
+        limit = self.rule.max_size
+        return limit is not None and max(self.offsets) > limit
+
+    @property
+    def newest(self) -> mx.array:
+        """The position of each row's newest token, int32 [B, 1, 1]."""
+        return mx.array(self.offsets, mx.int32)[:, None, None] - 1
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        arrays = [*(getattr(self, name) for name in _ARRAYS), self._slot, self.victim]
+        return [a for a in arrays if a is not None]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in self.arrays)
+
+    def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Write a row's token each; return the slots [B, n_kv_heads, n, ·] to see."""
+        n = max(held(o, self.rule.max_size) for o in self.offsets) + 1
+        if n > self.keys.shape[2]:
+            self._grow(allocation(n, self.rule.max_size))
+        slot = self._next_slot()
+        self.keys = put(self.keys, keys, slot)
+        self.values = put(self.values, values, slot)
+        position = mx.broadcast_to(self.newest + 1, slot.shape)
+        self.positions = put(self.positions, position, slot)
+        if self.scores is not None:
+            self.scores = put(self.scores, mx.zeros(slot.shape), slot)
+        if self.norms is not None:
+            self.norms = put(self.norms, l2_norms(values), slot)
+        self.offsets = [o + 1 for o in self.offsets]
+        limit = self.rule.max_size
+        free = mx.array([held(o, limit) for o in self.offsets], mx.uint32)
+        self._slot = mx.broadcast_to(free[:, None, None], slot.shape)
+        self.victim = None
+        return Slots.first(self.keys, n), Slots.first(self.values, n)
+
+    def remember(self, scores: mx.array) -> None:
+        """Store the scores [B, H', n] of the first n slots, if the rule has memory."""
+        if self.rule.memory:
+            self.scores = _padded(scores, self.keys.shape[2])
+
+    def part(self, row: int, journal: int) -> Slots:
+        """One row by itself, in arrays of its own, with an empty journal."""
+        part = Slots(self.rule, journal)
+        part.offset = self.offsets[row]
+        here = slice(row, row + 1)
+        if part.evicted:
+            part.victim = mx.contiguous(self._next_slot()[here])
+        if part.offset:
+            for name in _ARRAYS:
+                if (array := getattr(self, name)) is not None:
+                    n = part.taken
+                    setattr(part, name, mx.contiguous(array[here, :, :n]))
+        # Now: what waits would keep all rows alive, and turn their next write in
+        # place into a copy.
+        mx.eval([a for a in part.arrays if a is not None])
+        return part
+
+    def _next_slot(self) -> mx.array:
+        limit = self.rule.max_size
+        if self.victim is None or limit is None:
+            return self._slot
+        if min(self.offsets) > limit:
+            return self.victim
+        full = mx.array([o > limit for o in self.offsets])[:, None, None]
+        return mx.where(full, self.victim, self._slot)
+
+    def _grow(self, n: int) -> None:
+        for name in _ARRAYS:
+            if (array := getattr(self, name)) is not None:
+                setattr(self, name, _padded(array, n))
+
+
+def step_mask(offsets: Sequence[int], limit: int | None) -> mx.array | None:
+    """The slots that rows see in their next step, bool [B, 1, 1, n]; None: all."""
+    taken = [held(o, limit) + 1 for o in offsets]
+    n = max(taken)
+    if min(taken) == n:
+        return None
+    return mx.arange(n) < mx.array(taken)[:, None, None, None]
+
+
+def _padded(array: mx.array, n: int) -> mx.array:
+    """With zeros up to n slots."""
+    spare = n - array.shape[2]
+    if not spare:
+        return array
+    return mx.pad(array, [(0, 0), (0, 0), (0, spare), *[(0, 0)] * (array.ndim - 3)])
