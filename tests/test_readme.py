@@ -73,6 +73,7 @@ def test_commands_run(command, demo_path, monkeypatch, tmp_path):
         monkeypatch.setattr(
             server, "_run_http_server", lambda *a: a[-1].stop_and_join()
         )
+        monkeypatch.setattr(os, "_exit", lambda code: None)
         typed = "q\n" if arguments[0] == "run" else "/exit\n"
         result = CliRunner().invoke(main, arguments, input=typed)
         assert result.exit_code == 0, (result.stderr, result.exception)

@@ -57,16 +57,27 @@ def serve(arguments: tuple[str, ...], **options: Any) -> None:
     handlers = {number: signal.signal(number, _interrupt) for number in numbers}
     try:
         run_tool("server", ["--model", path, *arguments], options)
-    except (OSError, KeyboardInterrupt) as error:
-        # mlx-lm's thread waits for requests and would keep the process alive.
-        if isinstance(error, OSError):
-            click.echo(f"Error: cannot listen: {error}. Try another --port.", err=True)
-        sys.stderr.flush()
-        os._exit(1 if isinstance(error, OSError) else 130)
+        leave(0)
+    except OSError as error:
+        click.echo(f"Error: cannot listen: {error}. Try another --port.", err=True)
+        leave(1)
+    except KeyboardInterrupt:
+        leave(130)
     finally:
         server.ModelProvider = provider
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def leave(code: int) -> None:
+    """End the process now.
+
+    mlx-lm's thread may still wait for requests, and while Python winds down MLX's own
+    threads may abort the process, as they do mlx-lm's server.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
