@@ -48,7 +48,8 @@ def main() -> None:
 
     def filled(make, length, rows):
         """Batched caches of `rows` rows that have seen `length` random tokens."""
-        shape = (1, model.args.num_key_value_heads, length, model.args.head_dim)
+        head_dim = model.args.hidden_size // model.args.num_attention_heads
+        shape = (1, model.args.num_key_value_heads, length, head_dim)
         layers = []
         for layer in range(len(model.layers)):
             singles = []
