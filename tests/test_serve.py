@@ -158,7 +158,7 @@ def test_it_stops_when_told_to(demo_path, number):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--kv-bits", "4"), 1, "not quantised yet"),
+        (("--kv-bits", "3"), 2, "use 4, 8, or a pair"),
         (("--port", "{taken}"), 1, "cannot listen"),
         (("--model", "./nothing"), 1, "no such directory"),
         (("--policy", "window", "--memory", "0.5"), 1, "does not read memory"),

@@ -130,14 +130,12 @@ def test_mlx_lm_server(demo_path, monkeypatch):
         check_bound(caches, result)
 
 
-def test_a_cache_that_cannot_be_quantised_says_so(demo_path):
-    command = ["run", "--max-kv-size", "48", "generate", "--model", str(demo_path)]
-    command += ["--prompt", PROMPT, "--kv-bits", "4", "--quantized-kv-start", "0"]
-    result = CliRunner().invoke(main, command)
-    assert result.exit_code == 1
-    assert result.stderr.splitlines()[-1].startswith(
-        "Error: tova: kv_bits=4 is not possible yet"
+def test_mlx_lms_own_option_quantises_bounded_caches(demo_path, made):
+    bits = ("--kv-bits", "4", "--quantized-kv-start", "0")
+    result = run(
+        *(demo_path, "generate", "--prompt", PROMPT, "--max-tokens", "4"), *bits
     )
+    assert "Generation: 4 tokens" in result.stdout
 
 
 def test_a_tool_prints_its_own_help(capfd):

@@ -7,7 +7,7 @@ from mlx_lm.models import gemma2, llama
 VOCABULARY = 101
 
 
-def make(seed: int = 0, n_heads: int = 6, n_kv_heads: int = 2):
+def make(seed: int = 0, n_heads: int = 6, n_kv_heads: int = 2, head_dim: int = 8):
     mx.random.seed(seed)
     model = llama.Model(
         llama.ModelArgs(
@@ -19,7 +19,7 @@ def make(seed: int = 0, n_heads: int = 6, n_kv_heads: int = 2):
             num_key_value_heads=n_kv_heads,
             rms_norm_eps=1e-5,
             vocab_size=VOCABULARY,
-            head_dim=8,
+            head_dim=head_dim,
         )
     )
     model.update(tree_map(lambda a: a * 3 if a.ndim > 1 else a, model.parameters()))

@@ -19,6 +19,7 @@ from .cache import PolicyKVCache
 from .errors import CacheStateError
 from .evicting import check_values, evict, evict_by_weights
 from .newest import attend_newest
+from .packed import Rows, around, join
 from .slots import held, to_mlx
 from .stack import Stack, step_mask
 
@@ -31,8 +32,8 @@ class _Given(NamedTuple):
 
     queries: slice
     columns: slice
-    keys: mx.array
-    values: mx.array
+    keys: Rows
+    values: Rows
 
 
 class BatchPolicyKVCache:
@@ -55,7 +56,7 @@ class BatchPolicyKVCache:
         self._done = 0
         self._awaits: str | None = None
         self._given: list[_Given] = []
-        self._fetched: list[mx.array] = []
+        self._fetched: list[Rows] = []
 
     @classmethod
     def merge(cls, caches: Sequence[PolicyKVCache]) -> "BatchPolicyKVCache":
@@ -65,11 +66,11 @@ class BatchPolicyKVCache:
         """
         first = caches[0]
         for cache in caches:
-            if (cache.rule, cache.prefill) != (first.rule, first.prefill):
+            if _kind(cache) != _kind(first):
                 raise CacheStateError(
-                    f"{first.rule.policy}: caches of different options ({first.rule} "
-                    f"and {cache.rule}) cannot be one batch. Convert the model once, "
-                    "then make all of them."
+                    f"{first.rule.policy}: caches of different options "
+                    f"({_kind(first)} and {_kind(cache)}) cannot be one batch. "
+                    "Convert the model once, then make all of them."
                 )
             if cache.keys is not None and cache.keys.shape[0] != 1:
                 raise CacheStateError(
@@ -160,9 +161,7 @@ class BatchPolicyKVCache:
             )
         return to_mlx(mask)
 
-    def update_and_fetch(
-        self, keys: mx.array, values: mx.array
-    ) -> tuple[mx.array, mx.array]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Rows, Rows]:
         """Store new rows [B, n_kv_heads, L, head_dim]; return all to attend to."""
         if self._awaits is not None:
             raise unseen(self._awaits, self.rule.policy)
@@ -185,8 +184,8 @@ class BatchPolicyKVCache:
     def attend(
         self,
         queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
+        keys: Any,
+        values: Any,
         *,
         scale: float,
         mask: mx.array | str | None,
@@ -273,7 +272,7 @@ class BatchPolicyKVCache:
 
     def _update_rows(
         self, keys: mx.array, values: mx.array, module: str | None
-    ) -> tuple[mx.array, mx.array]:
+    ) -> tuple[Rows, Rows]:
         rows, length = self._unstacked(), keys.shape[2]
         before = max(row.size() for row in rows)
         self._given, padded = [], []
@@ -285,20 +284,19 @@ class BatchPolicyKVCache:
             if stop > start:
                 given = row.update_and_fetch(*new, module=module)
             else:
-                given = new if row.empty() else row.keys_and_values()
+                given: tuple[Rows, Rows] = new if row.empty() else row.keys_and_values()
             queries, columns = slice(start, stop), slice(first, before + stop)
             self._given.append(_Given(queries, columns, *given))
-            around = (first, length - stop)
-            padded.append([mx.pad(a, [(0, 0), (0, 0), around, (0, 0)]) for a in given])
+            padded.append([around(a, first, length - stop) for a in given])
         self._done += length
-        self._fetched = [mx.concatenate(list(a)) for a in zip(*padded, strict=True)]
+        self._fetched = [join(a, axis=0) for a in zip(*padded, strict=True)]
         return self._fetched[0], self._fetched[1]
 
     def _attend_rows(
         self,
         queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
+        keys: Any,
+        values: Any,
         mask: Any,
         **how: Any,
     ) -> mx.array:
@@ -322,10 +320,14 @@ class BatchPolicyKVCache:
                 mask=_mask_of_row(mask, i, given),
                 **how,
             )
-            around = [(0, 0), (0, 0), (start, length - stop), (0, 0)]
-            outputs.append(mx.pad(output, around))
+            outputs.append(around(output, start, length - stop))
         self._given, self._fetched = [], []
         return mx.concatenate(outputs)
+
+
+def _kind(cache: PolicyKVCache) -> tuple[Any, ...]:
+    """What the rows of a batch have in common."""
+    return cache.rule, cache.prefill, cache.slots.storage
 
 
 def _mask_of_row(mask: Any, row: int, given: _Given) -> Any:

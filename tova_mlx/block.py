@@ -13,10 +13,10 @@ import numpy as np
 
 from .eviction import ScanResult, scan
 from .logits import masked_logits
+from .newest import BLOCK, attention
+from .packed import Rows
 from .policies import Rule
-from .slots import gather, to_mlx
-
-BLOCK = 256
+from .slots import Slots, gather, to_mlx
 
 
 class BlockResult(NamedTuple):
@@ -51,8 +51,8 @@ class Block(NamedTuple):
 
 def attend_block(
     queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
+    keys: Rows,
+    values: Rows,
     *,
     scale: float,
     mask: mx.array | str | None,
@@ -129,8 +129,8 @@ def attend_block(
 def attend_again(
     blocks: list[Block],
     queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
+    keys: Rows,
+    values: Rows,
     *,
     scale: float,
     mask: mx.array | str | None,
@@ -150,8 +150,8 @@ def _joined(outputs: list[mx.array]) -> mx.array:
 
 def _attend(
     queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
+    keys: Rows,
+    values: Rows,
     mask: mx.array | None,
     block: Block,
     scale: float,
@@ -162,7 +162,7 @@ def _attend(
     assert alive is not None
     if alive.shape[1] > 1:
         alive = mx.repeat(alive, queries.shape[1] // alive.shape[1], axis=1)
-    return mx.fast.scaled_dot_product_attention(
+    return attention(
         queries[:, :, block.start : block.stop],
         keys,
         values,
@@ -188,16 +188,16 @@ def _causal(length: int, columns: int) -> mx.array:
 
 def _cut(
     block: Block,
-    keys: mx.array,
-    values: mx.array,
+    keys: Rows,
+    values: Rows,
     mask: mx.array | str | None,
     n_heads: int,
-) -> tuple[mx.array, mx.array, mx.array | None]:
+) -> tuple[Rows, Rows, mx.array | None]:
     """Keys, values and the model's mask [B, n_heads, L, N], cut to a block."""
     columns = block.columns
     batch, choosers, m = columns.shape
     if block.is_first:
-        keys, values = keys[:, :, :m], values[:, :, :m]
+        keys, values = Slots.first(keys, m), Slots.first(values, m)
     else:
         keys, values = gather(keys, columns), gather(values, columns)
     if not isinstance(mask, mx.array):

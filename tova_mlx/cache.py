@@ -5,6 +5,7 @@ the paper's. The order of a step is write, attend, choose the victim. Knows one 
 of rows of equal length.
 """
 
+import copy
 import sys
 from typing import Any
 
@@ -22,7 +23,10 @@ from .evicting import (
     evict_oldest,
 )
 from .eviction import window_mask
+from .journal import Journal
 from .newest import attend_newest
+from .newest import attention as attention_to
+from .packed import Rows, Storage, storage
 from .policies import Granularity, Rule, settle
 from .sharing import Given
 from .slots import Slots, to_mlx
@@ -47,6 +51,8 @@ class PolicyKVCache:
             size); "once" only for policies that read attention.
         journal: how many of the newest tokens can be taken back after something was
             evicted; each costs a row. 0: none.
+        kv_bits: None, or 4 or 8 for quantised keys and values, or a pair for each;
+            kv_group_size: values that share a scale, 32 or 64.
         options: the policy's own options, see `POLICIES[policy].options`.
 
     Raises:
@@ -63,11 +69,14 @@ class PolicyKVCache:
         *,
         prefill: str = "stepwise",
         journal: int = JOURNAL,
+        kv_bits: int | tuple[int, int] | None = None,
+        kv_group_size: int = 64,
         **options: Any,
     ):
-        self._configure(settle(policy, max_size, options), prefill, journal)
+        kept = storage(kv_bits, kv_group_size)
+        self._configure(settle(policy, max_size, options), prefill, journal, kept)
 
-    def _configure(self, rule: Rule, prefill: str, journal: int) -> None:
+    def _configure(self, rule: Rule, prefill: str, journal: int, kept: Storage) -> None:
         if prefill not in ("stepwise", "once"):
             raise OptionError(
                 f"{rule.policy}: prefill={prefill!r} is not known. "
@@ -88,7 +97,7 @@ class PolicyKVCache:
         register()
         self.rule = rule
         self.prefill = prefill
-        self._slots = Slots(rule, journal)
+        self._slots = Slots(rule, journal, kept)
         # The module whose attention is still to come for the last update.
         self._awaits: str | None = None
         self._given = Given()
@@ -106,12 +115,12 @@ class PolicyKVCache:
         return self._slots.offset
 
     @property
-    def keys(self) -> mx.array | None:
+    def keys(self) -> Rows | None:
         """All slots [B, n_kv_heads, slots, head_dim], in no order; None if empty."""
         return self._slots.keys
 
     @keys.setter
-    def keys(self, keys: mx.array | None) -> None:
+    def keys(self, keys: Rows | None) -> None:
         # mlx-lm's pipelines make them depend on what is sent.
         self._slots.keys = keys
 
@@ -120,7 +129,7 @@ class PolicyKVCache:
         self._given.start()
 
     @property
-    def values(self) -> mx.array | None:
+    def values(self) -> Rows | None:
         """All slots [B, n_kv_heads, slots, head_dim], in no order; None if empty."""
         return self._slots.values
 
@@ -150,7 +159,7 @@ class PolicyKVCache:
         """
         return self._slots.held_positions()
 
-    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+    def keys_and_values(self) -> tuple[Rows, Rows]:
         """The held rows [B, n_kv_heads, size(), head_dim], in order of position."""
         if self.empty():
             raise CacheStateError(
@@ -188,7 +197,7 @@ class PolicyKVCache:
 
     def update_and_fetch(
         self, keys: mx.array, values: mx.array, *, module: str | None = None
-    ) -> tuple[mx.array, mx.array]:
+    ) -> tuple[Rows, Rows]:
         """Store new rows [B, n_kv_heads, L, head_dim]; return all to attend to.
 
         module: who is going to attend; the caller's if not given.
@@ -217,8 +226,8 @@ class PolicyKVCache:
     def attend(
         self,
         queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
+        keys: Rows,
+        values: Rows,
         *,
         scale: float,
         mask: mx.array | str | None,
@@ -250,7 +259,7 @@ class PolicyKVCache:
                 )
                 self._given.note_blocks(result.blocks)
                 return result.output
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, **how)
+        return attention_to(queries, keys, values, **how)
 
     # Trimming, saving
 
@@ -283,15 +292,22 @@ class PolicyKVCache:
         self._slots.take_back(n)
         return n
 
-    def to_quantized(self, group_size: int = 64, bits: int = 4) -> Any:
-        """Refused: mlx-lm would leave a cache without this method as it is, silently.
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> "PolicyKVCache":
+        """The same cache with quantised keys and values, as mlx-lm asks for it.
 
-        Raises CacheStateError.
+        One that is quantised already stays as it is.
         """
-        raise CacheStateError(
-            f"{self.rule.policy}: kv_bits={bits} is not possible yet, bounded caches "
-            "are not quantised. Leave it out, or use mlx-lm's own caches."
-        )
+        if self._slots.storage.key_bits is not None:
+            return self
+        kept = storage(bits, group_size)
+        twin = copy.copy(self._slots)
+        twin.storage, twin.journal = kept, Journal(self._slots.journal.length)
+        if twin.keys is not None and twin.values is not None:
+            twin.keys, twin.values = kept.pack(twin.keys, twin.values)
+        cache = self.of_slots(twin, self.prefill)
+        if self._given.shares:
+            cache.share()
+        return cache
 
     @property
     def state(self) -> tuple[Any, ...]:
@@ -325,7 +341,7 @@ class PolicyKVCache:
         return cache
 
     def _take(self, slots: Slots, prefill: str) -> None:
-        self._configure(slots.rule, prefill, slots.journal.length)
+        self._configure(slots.rule, prefill, slots.journal.length, slots.storage)
         self._slots = slots
 
     # Batches
@@ -381,6 +397,7 @@ class TOVACache(PolicyKVCache):
         n_sinks, n_recent: first and newest tokens protected, inside `max_size`.
         prefill: "stepwise" (exact token by token) or "once" (see PolicyKVCache).
         journal: newest tokens that can be taken back (see PolicyKVCache).
+        kv_bits, kv_group_size: quantised keys and values (see PolicyKVCache).
 
     Raises:
         OptionError: a value that cannot work.
@@ -399,6 +416,8 @@ class TOVACache(PolicyKVCache):
         n_recent: int = 0,
         prefill: str = "stepwise",
         journal: int = JOURNAL,
+        kv_bits: int | tuple[int, int] | None = None,
+        kv_group_size: int = 64,
     ):
         super().__init__(
             max_size,
@@ -408,6 +427,8 @@ class TOVACache(PolicyKVCache):
             n_recent=n_recent,
             prefill=prefill,
             journal=journal,
+            kv_bits=kv_bits,
+            kv_group_size=kv_group_size,
         )
 
 

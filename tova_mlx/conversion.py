@@ -14,10 +14,10 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from . import attention
 from .cache import JOURNAL, PolicyKVCache, TOVACache
-from .errors import UnsupportedModelError
+from .errors import TovaError, UnsupportedModelError
 from .layers import leaves
 from .policies import Rule, settle
-from .report import Report, describe
+from .report import Report, describe, trace
 
 # Model files that no bounded cache can be right with, and why.
 REFUSED = {
@@ -42,6 +42,8 @@ def make_prompt_cache(
     policy: str = "tova",
     prefill: str = "stepwise",
     journal: int = JOURNAL,
+    kv_bits: int | tuple[int, int] | None = None,
+    kv_group_size: int = 64,
     **options: Any,
 ) -> list[Any]:
     """One cache per layer of an mlx-lm model, for `prompt_cache=`.
@@ -52,6 +54,7 @@ def make_prompt_cache(
         policy: a name in `POLICIES`.
         prefill: "stepwise" or "once", see PolicyKVCache.
         journal: newest tokens that can be taken back, see PolicyKVCache.
+        kv_bits, kv_group_size: quantised keys and values, see PolicyKVCache.
         options: the policy's own options.
 
     Raises:
@@ -60,7 +63,12 @@ def make_prompt_cache(
             does with its caches what a bounded one cannot be right with.
     """
     rule = settle(policy, max_kv_size, options)
-    common: dict[str, Any] = {"prefill": prefill, "journal": journal}
+    common: dict[str, Any] = {
+        "prefill": prefill,
+        "journal": journal,
+        "kv_bits": kv_bits,
+        "kv_group_size": kv_group_size,
+    }
 
     def make() -> PolicyKVCache:
         if policy == "tova":
@@ -73,13 +81,15 @@ def make_prompt_cache(
             return mlx_lm_cache.CacheList(*map(bounded, cache.caches))
         return make() if type(cache) is mlx_lm_cache.KVCache else cache
 
-    caches = [bounded(c) for c in _default_caches(model)]
+    defaults = _default_caches(model)
+    caches = [bounded(c) for c in defaults]
     _check_model(model, rule, list(leaves(caches)))
     layers: Any = model.layers
-    if len(layers) > len(caches):
-        for cache in leaves(caches):
-            if isinstance(cache, PolicyKVCache):
-                cache.share()
+    shares = len(layers) > len(caches)
+    if kv_bits is not None:
+        _check_packed(model, [bounded(c) for c in defaults], shares)
+    if shares:
+        _share(caches)
     return caches
 
 
@@ -145,6 +155,30 @@ def _default_caches(model: nn.Module) -> list[Any]:
     if maker is not None:
         default.make_cache = maker
     return mlx_lm_cache.make_prompt_cache(default)  # type: ignore[arg-type]
+
+
+def _share(caches: list[Any]) -> None:
+    for cache in leaves(caches):
+        if isinstance(cache, PolicyKVCache):
+            cache.share()
+
+
+def _check_packed(model: nn.Module, caches: list[Any], shares: bool) -> None:
+    """Refuse a model that does more with its keys than to attend to them.
+
+    caches: to be thrown away.
+    """
+    if shares:
+        _share(caches)
+    try:
+        trace(model, caches)
+    except TovaError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(model).__module__} does more with its keys and values than attend "
+            f"to them, so they cannot be quantised ({error}). Leave kv_bits out."
+        ) from error
 
 
 def _check_model(model: nn.Module, rule: Rule, caches: list[Any]) -> None:

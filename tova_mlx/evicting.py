@@ -13,6 +13,7 @@ from .block import BlockResult, attend_block
 from .errors import UnsupportedModelError
 from .eviction import choose_victim, update_scores, window_columns
 from .journal import Scores
+from .packed import Rows
 from .policies import Rule
 from .slots import Slots, to_mlx
 from .stack import Stack
@@ -24,9 +25,7 @@ def evict(slots: Slots | Stack, scores: mx.array | None = None) -> None:
     slots.victim = choose_victim(slots.positions, scores, slots.newest, slots.rule)
 
 
-def check_values(
-    module: str, rule: Rule, stored: mx.array | None, values: mx.array
-) -> None:
+def check_values(module: str, rule: Rule, stored: Rows | None, values: Rows) -> None:
     """Head by head, and by value, only if the stored heads are the attended."""
     if stored is None or not (rule.per_head or rule.value_weighted):
         return
@@ -74,8 +73,8 @@ def evict_by_weights(
 def attend_and_keep(
     slots: Slots,
     queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
+    keys: Rows,
+    values: Rows,
     *,
     cut_once: bool,
     **how: Any,

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from .packed import Rows, arrays
+
 
 class Gone(NamedTuple):
     """A token that left after the token at position `step` had attended.
@@ -18,8 +20,8 @@ class Gone(NamedTuple):
     """
 
     step: int
-    keys: mx.array
-    values: mx.array
+    keys: Rows
+    values: Rows
     positions: mx.array
     norms: mx.array | None
 
@@ -47,8 +49,8 @@ class Journal:
 
     @property
     def arrays(self) -> list[mx.array]:
-        entries = [a for e in (*self.gone, *self.scores) for a in e[1:]]
-        return [a for a in entries if isinstance(a, mx.array)]
+        entries = [rows for e in (*self.gone, *self.scores) for rows in e[1:]]
+        return [a for rows in entries for a in arrays(rows)]
 
     def clear(self) -> None:
         self.gone.clear()

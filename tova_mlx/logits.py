@@ -2,9 +2,11 @@
 
 import mlx.core as mx
 
+from .packed import Rows, product
+
 
 def masked_logits(
-    queries: mx.array, keys: mx.array, scale: float, mask: mx.array | str | None
+    queries: mx.array, keys: Rows, scale: float, mask: mx.array | str | None
 ) -> mx.array:
     """q·kᵀ·scale + mask, float32 [B, n_heads, L, S], -inf where a mask hides.
 
@@ -16,7 +18,7 @@ def masked_logits(
     # A group's rows share one matrix product with their KV head.
     grouped = (batch, n_kv_heads, n_heads // n_kv_heads * length, head_dim)
     scaled = queries.astype(mx.float32).reshape(grouped) * scale
-    logits = scaled @ keys.astype(mx.float32).swapaxes(2, 3)
+    logits = product(scaled, keys, transpose=True)
     logits = logits.reshape(batch, n_heads, length, columns)
     if not isinstance(mask, mx.array):
         return logits

@@ -20,6 +20,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from .cache import PolicyKVCache, register
 from .errors import CacheStateError
 from .layers import leaves
+from .packed import Packed, arrays
 from .report import trace
 
 _MODEL = "tova_mlx_model"
@@ -140,11 +141,15 @@ def _what(cache: Any) -> str:
     if not isinstance(cache, PolicyKVCache):
         return kind
     rule = ", ".join(f"{k}={v}" for k, v in cache.rule.as_dict().items())
+    kept = cache.slots.storage
+    if kept.key_bits is not None:
+        rule += f", kv_bits=({kept.key_bits}, {kept.value_bits})"
+        rule += f", kv_group_size={kept.group_size}"
     return f"{kind}({rule}, prefill={cache.prefill})"
 
 
 def _rows(cache: Any) -> str | None:
     keys = getattr(cache, "keys", None)
-    if not isinstance(keys, mx.array):
+    if not isinstance(keys, (mx.array, Packed)):
         return None
-    return f"{keys.dtype}, {keys.shape[1]} heads of {keys.shape[-1]}"
+    return f"{arrays(keys)[-1].dtype}, {keys.shape[1]} heads of {keys.shape[-1]}"

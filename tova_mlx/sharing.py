@@ -10,8 +10,8 @@ from weakref import WeakSet
 import mlx.core as mx
 
 from .block import Block, attend_again
-
-Rows = tuple[mx.array, mx.array]
+from .newest import attention
+from .packed import Rows
 
 
 class Given:
@@ -19,14 +19,14 @@ class Given:
 
     def __init__(self) -> None:
         self.shares = False
-        self.rows: Rows | None = None
+        self.rows: tuple[Rows, Rows] | None = None
         self.blocks: list[Block] | None = None
 
     def start(self) -> None:
         self.shares = True
         _sharing.add(self)
 
-    def note(self, rows: Rows) -> Rows:
+    def note(self, rows: tuple[Rows, Rows]) -> tuple[Rows, Rows]:
         if self.shares:
             self.rows = rows
         return rows
@@ -36,12 +36,12 @@ class Given:
             self.blocks = blocks
 
     def attend(
-        self, queries: mx.array, keys: mx.array, values: mx.array, **how: Any
+        self, queries: mx.array, keys: Rows, values: Rows, **how: Any
     ) -> mx.array:
         """Attention of another layer; `how`: scale, mask and sinks. Evicts nothing."""
         if self.blocks is not None:
             return attend_again(self.blocks, queries, keys, values, **how)
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, **how)
+        return attention(queries, keys, values, **how)
 
     def forget(self) -> None:
         self.rows = self.blocks = None

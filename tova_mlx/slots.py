@@ -12,10 +12,12 @@ import mlx.core as mx
 import numpy as np
 
 from .journal import Gone, Journal, Scores
+from .packed import Rows, Storage, arrays, each, join, nbytes
 from .policies import Rule
 
 _LAST = 2**31 - 1
 _STEP = 256
+_PLAIN = Storage()
 
 
 def to_mlx(array: Any) -> mx.array:
@@ -23,10 +25,14 @@ def to_mlx(array: Any) -> mx.array:
     return mx.array(array)
 
 
-def gather(array: mx.array, columns: Any) -> mx.array:
-    """Take columns [B, H', m] of an array [B, H, S(, D)]; H' is 1 or H."""
+def gather(rows: Any, columns: Any) -> Any:
+    """Take columns [B, H', m] of rows [B, H, S(, D)]; H' is 1 or H."""
     if not isinstance(columns, mx.array):
         columns = to_mlx(columns)
+    return each(lambda array: _gather(array, columns), rows)
+
+
+def _gather(array: mx.array, columns: mx.array) -> mx.array:
     if columns.shape[0] == columns.shape[1] == 1:
         taken = mx.take(array, columns.reshape(-1), axis=2)
         # `take` gives a transposed layout, which every later product would copy.
@@ -36,8 +42,12 @@ def gather(array: mx.array, columns: Any) -> mx.array:
     return mx.take_along_axis(array, mx.broadcast_to(index, shape), axis=2)
 
 
-def put(array: mx.array, rows: mx.array, slot: mx.array) -> mx.array:
-    """Write rows [B, H, 1(, D)] into slots [B, H', 1] of an array [B, H, S(, D)]."""
+def put(rows: Any, new: Any, slot: mx.array) -> Any:
+    """Write new rows [B, H, 1(, D)] into slots [B, H', 1] of rows [B, H, S(, D)]."""
+    return each(lambda array, row: _put(array, row, slot), rows, new)
+
+
+def _put(array: mx.array, rows: mx.array, slot: mx.array) -> mx.array:
     slot = slot.reshape(*slot.shape, *[1] * (rows.ndim - 3))
     return mx.put_along_axis(array, mx.broadcast_to(slot, rows.shape), rows, axis=2)
 
@@ -77,12 +87,12 @@ class Slots:
         journal: what the last steps destroyed.
     """
 
-    def __init__(self, rule: Rule, journal: int = 0):
-        self.rule = rule
+    def __init__(self, rule: Rule, journal: int = 0, storage: Storage = _PLAIN):
+        self.rule, self.storage = rule, storage
         self.journal = Journal(journal)
         self.offset = 0
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
+        self.keys: Rows | None = None
+        self.values: Rows | None = None
         self.positions: mx.array | None = None
         self.scores: mx.array | None = None
         self.norms: mx.array | None = None
@@ -108,7 +118,8 @@ class Slots:
         return self.size() + (self.victim is not None)
 
     @property
-    def arrays(self) -> tuple[mx.array | None, ...]:
+    def arrays(self) -> tuple[Any, ...]:
+        """Keys, values (`Rows`), positions, scores, norms, victim; or None."""
         return (
             self.keys,
             self.values,
@@ -121,10 +132,9 @@ class Slots:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        arrays = [*self.arrays, *self.journal.arrays]
-        return sum(a.nbytes for a in arrays if a is not None)
+        return sum(map(nbytes, [*self.arrays, *self.journal.arrays]))
 
-    def choosers(self, keys: mx.array) -> int:
+    def choosers(self, keys: Any) -> int:
         """H': how many victims a row of the batch has per step."""
         return keys.shape[1] if self.rule.per_head else 1
 
@@ -134,10 +144,10 @@ class Slots:
         limit = self.rule.max_size
         if limit is None or self.keys is None or self.values is None:
             return None
-        batch, n_kv_heads, _, key_dim = self.keys.shape
-        row_bytes = (key_dim + self.values.shape[3]) * self.keys.itemsize
+        batch, n_kv_heads, slots, _ = self.keys.shape
+        row_bytes = (nbytes(self.keys) + nbytes(self.values)) // slots
         choosers = batch * self.choosers(self.keys)
-        per_slot = batch * n_kv_heads * (row_bytes + 4 * self.rule.value_weighted)
+        per_slot = row_bytes + 4 * batch * n_kv_heads * self.rule.value_weighted
         memory = bool(self.rule.memory)
         per_step = per_slot + 4 * choosers
         if memory:
@@ -146,18 +156,19 @@ class Slots:
         slots = per_slot * (limit + 1) + 4 * choosers
         return slots + per_step * self.journal.length
 
-    def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def append(self, keys: mx.array, values: mx.array) -> tuple[Rows, Rows]:
         """Write one row, or rows that evict nothing; return all rows held."""
         start, length = self.size(), keys.shape[2]
         n = start + length
+        packed_keys, packed_values = self.storage.pack(keys, values)
         if self.victim is None:
-            self._reserve(n, keys, values)
+            self._reserve(n, packed_keys, packed_values)
         self._note_scores()
         self._note_dead_slot()
         assert self.keys is not None
         assert self.values is not None
-        self.keys = self._write(self.keys, keys, start)
-        self.values = self._write(self.values, values, start)
+        self.keys = self._write(self.keys, packed_keys, start)
+        self.values = self._write(self.values, packed_values, start)
         if self.norms is not None:
             self.norms = self._write(self.norms, l2_norms(values), start)
         if self.positions is not None:
@@ -171,7 +182,7 @@ class Slots:
             self.positions = self._numbered(self.keys, 0, n)
         return self.first(self.keys, n), self.first(self.values, n)
 
-    def extend(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def extend(self, keys: Any, values: Any) -> tuple[Rows, Rows]:
         """Put a block's rows after those held, in order of position, for `keep`.
 
         Until then there are more slots than the limit and `scores` has none for the
@@ -181,11 +192,12 @@ class Slots:
         length = keys.shape[2]
         positions = self._numbered(keys, self.offset, length)
         norms = l2_norms(values) if self.rule.value_weighted else None
+        keys, values = self.storage.pack(keys, values)
         if self.keys is not None and self.values is not None and self.offset:
             order = self._order()
             positions = mx.concatenate([self.held_positions(), positions], axis=2)
-            keys = mx.concatenate([self._held(self.keys, order), keys], axis=2)
-            values = mx.concatenate([self._held(self.values, order), values], axis=2)
+            keys = join([self._held(self.keys, order), keys])
+            values = join([self._held(self.values, order), values])
             if self.scores is not None:
                 self.scores = self._held(self.scores, order)
             if norms is not None and self.norms is not None:
@@ -206,10 +218,9 @@ class Slots:
         assert self.values is not None
         assert self.positions is not None
         # With the journal's rows, or they would keep all columns alive until read.
-        self.keys, self.values = mx.depends(
-            [gather(self.keys, padded), gather(self.values, padded)],
-            self.journal.arrays,
-        )
+        noted = self.journal.arrays
+        self.keys = _after(gather(self.keys, padded), noted)
+        self.values = _after(gather(self.values, padded), noted)
         if self.norms is not None:
             self.norms = gather(self.norms, padded)
         self.positions = gather(self.positions, padded) if self.evicted else None
@@ -261,7 +272,7 @@ class Slots:
         # A slice of everything is still work for the device.
         if array is None or array.shape[2] == n:
             return array
-        return array[:, :, :n]
+        return each(lambda a: a[:, :, :n], array)
 
     def held_positions(self) -> mx.array:
         """int32 [B, H', size()], ascending."""
@@ -271,7 +282,7 @@ class Slots:
             return self._numbered(self.keys, 0, self.size())
         return self._held(self.positions, self._order())
 
-    def held_rows(self) -> tuple[mx.array, mx.array]:
+    def held_rows(self) -> tuple[Rows, Rows]:
         """Keys and values held, in the order of `held_positions`."""
         assert self.keys is not None
         assert self.values is not None
@@ -292,8 +303,8 @@ class Slots:
             self.journal.gone.append(
                 Gone(
                     self.offset - n + i,
-                    keys[row],
-                    values[row],
+                    each(lambda a, row=row: a[row], keys),
+                    each(lambda a, row=row: a[row], values),
                     positions[row],
                     None if norms is None else norms[row],
                 )
@@ -305,10 +316,8 @@ class Slots:
         self._note(self.victim)
         # Read before the slot is written: a read that waits turns the write in place
         # into a copy.
-        read = [a for a in self.journal.gone[-1][1:] if a is not None]
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys, self.values = mx.depends([self.keys, self.values], read)
+        read = [a for rows in self.journal.gone[-1][1:] for a in arrays(rows)]
+        self.keys, self.values = _after(self.keys, read), _after(self.values, read)
 
     def _note_scores(self) -> None:
         if self.scores is None or not self.journal.length or not self.offset:
@@ -326,20 +335,20 @@ class Slots:
         # The dead slot's token left at the last step, so it was there before `to`.
         n = self.size() if self.victim is None else self.keys.shape[2]
 
-        def join(name: str) -> mx.array:
+        def joined(name: str) -> Any:
             rows = [getattr(g, name) for g in back]
-            return mx.concatenate([self.first(getattr(self, name), n), *rows], axis=2)
+            return join([self.first(getattr(self, name), n), *rows])
 
-        self.keys, self.values = join("keys"), join("values")
-        positions = self.positions = join("positions")
+        self.keys, self.values = joined("keys"), joined("values")
+        positions = self.positions = joined("positions")
         if self.norms is not None:
-            self.norms = join("norms")
+            self.norms = joined("norms")
         return np.array(mx.argsort(mx.where(positions < to, positions, _LAST), axis=-1))
 
-    def _numbered(self, keys: mx.array, start: int, n: int) -> mx.array:
+    def _numbered(self, keys: Any, start: int, n: int) -> mx.array:
         return numbered(keys.shape[0], self.choosers(keys), start, n)
 
-    def _reserve(self, n: int, keys: mx.array, values: mx.array) -> None:
+    def _reserve(self, n: int, keys: Rows, values: Rows) -> None:
         there = 0 if self.keys is None else self.keys.shape[2]
         if n <= there:
             return
@@ -351,8 +360,13 @@ class Slots:
 
         rows = (*keys.shape[:2], spare)
         choosers = (keys.shape[0], self.choosers(keys), spare)
-        self.keys = grow(self.keys, *rows, keys.shape[3], dtype=keys.dtype)
-        self.values = grow(self.values, *rows, values.shape[3], dtype=values.dtype)
+        for name, new in (("keys", keys), ("values", values)):
+            free = each(
+                lambda a: mx.zeros((*a.shape[:2], spare, a.shape[3]), a.dtype), new
+            )
+            held_rows = getattr(self, name)
+            grown = free if held_rows is None else join([held_rows, free])
+            setattr(self, name, grown)
         if self.positions is not None:
             self.positions = grow(self.positions, *choosers, dtype=mx.int32)
         if self.rule.memory:
@@ -360,15 +374,16 @@ class Slots:
         if self.rule.value_weighted:
             self.norms = grow(self.norms, *rows, dtype=mx.float32)
 
-    def _write(self, array: mx.array, rows: mx.array, start: int) -> mx.array:
+    def _write(self, rows: Any, new: Any, start: int) -> Any:
         """Put rows into the victim's slot, or from slot `start` on, in place.
 
         MLX writes into the same buffer as long as this is the only reference to it.
         """
         if self.victim is None or self.victim.size == 1:
             slot = mx.array([start]) if self.victim is None else self.victim
-            return mx.slice_update(array, rows, slot.reshape(1), (2,))
-        return put(array, rows, self.victim)
+            slot = slot.reshape(1)
+            return each(lambda a, row: mx.slice_update(a, row, slot, (2,)), rows, new)
+        return put(rows, new, self.victim)
 
     def _order(self) -> mx.array | None:
         """Slots held in order of position [B, H', size()]; None: the first ones."""
@@ -376,10 +391,10 @@ class Slots:
             return None
         return _in_order(self.positions, self.victim, self.size())
 
-    def _held(self, array: mx.array, order: mx.array | None) -> mx.array:
+    def _held(self, rows: Any, order: mx.array | None) -> Any:
         if order is None:
-            return array[:, :, : self.size()]
-        return gather(array, order)
+            return self.first(rows, self.size())
+        return gather(rows, order)
 
 
 def _in_order(positions: Any, victim: mx.array, n: int) -> mx.array:
@@ -394,3 +409,10 @@ def _ordered_scores(before: Scores, n: int) -> mx.array:
     if before.victim is None:
         return before.scores[..., :n]
     return gather(before.scores, _in_order(before.positions, before.victim, n))
+
+
+def _after(rows: Any, read: list[mx.array]) -> Any:
+    """The same rows, evaluated after `read` was."""
+    if not read:
+        return rows
+    return each(lambda a: mx.depends([a], read)[0], rows)

@@ -6,9 +6,11 @@ Shapes as in `slots`: B rows, H' choosers, S slots.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 
+from .packed import Rows, around, arrays, each, join
 from .slots import Slots, allocation, held, l2_norms, numbered, put
 
 # Those with slots in axis 2, by the names that `Slots` has for them.
@@ -32,19 +34,22 @@ class Stack:
         rule = self.rule = parts[0].rule
         self.offsets = [p.offset for p in parts]
         self.victim: mx.array | None = None
-        n_kv_heads = keys.shape[1]
-        self._choosers = parts[0].choosers(keys)
+        n_kv_heads, self._choosers = keys.shape[1], parts[0].choosers(keys)
+        self.storage = parts[0].storage
         n = allocation(max(p.size() for p in parts) + 1, rule.max_size)
+        packed = self.storage.pack(keys, values)
+        self.keys: Any = None
+        self.values: Any = None
+        self.positions: Any = None
+        self.scores: Any = None
+        self.norms: Any = None
         empty = {
-            "keys": mx.zeros((1, n_kv_heads, 0, keys.shape[3]), keys.dtype),
-            "values": mx.zeros((1, n_kv_heads, 0, values.shape[3]), values.dtype),
+            "keys": each(lambda a: a[:1, :, :0], packed[0]),
+            "values": each(lambda a: a[:1, :, :0], packed[1]),
             "positions": mx.zeros((1, self._choosers, 0), mx.int32),
             "scores": mx.zeros((1, self._choosers, 0)) if rule.memory else None,
             "norms": mx.zeros((1, n_kv_heads, 0)) if rule.value_weighted else None,
         }
-        self.keys = self.values = self.positions = keys
-        self.scores: mx.array | None = None
-        self.norms: mx.array | None = None
         for name, nothing in empty.items():
             if nothing is None:
                 continue
@@ -53,8 +58,8 @@ class Stack:
                 row = getattr(part, name) if part.keys is not None else nothing
                 if row is None:  # positions of a row that has not evicted
                     row = numbered(1, self._choosers, 0, part.taken)
-                rows.append(_padded(row[:, :, : part.taken], n))
-            setattr(self, name, mx.concatenate(rows))
+                rows.append(_padded(Slots.first(row, part.taken), n))
+            setattr(self, name, join(rows, axis=0))
         slots = []
         for part in parts:
             slot = part.victim
@@ -77,21 +82,22 @@ class Stack:
 
     @property
     def arrays(self) -> list[mx.array]:
-        arrays = [*(getattr(self, name) for name in _ARRAYS), self._slot, self.victim]
-        return [a for a in arrays if a is not None]
+        rows = [*(getattr(self, name) for name in _ARRAYS), self._slot, self.victim]
+        return [a for r in rows for a in arrays(r)]
 
     @property
     def nbytes(self) -> int:
         return sum(a.nbytes for a in self.arrays)
 
-    def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def append(self, keys: mx.array, values: mx.array) -> tuple[Rows, Rows]:
         """Write a row's token each; return the slots [B, n_kv_heads, n, ·] to see."""
         n = max(held(o, self.rule.max_size) for o in self.offsets) + 1
         if n > self.keys.shape[2]:
             self._grow(allocation(n, self.rule.max_size))
         slot = self._next_slot()
-        self.keys = put(self.keys, keys, slot)
-        self.values = put(self.values, values, slot)
+        packed_keys, packed_values = self.storage.pack(keys, values)
+        self.keys = put(self.keys, packed_keys, slot)
+        self.values = put(self.values, packed_values, slot)
         position = mx.broadcast_to(self.newest + 1, slot.shape)
         self.positions = put(self.positions, position, slot)
         if self.scores is not None:
@@ -112,19 +118,20 @@ class Stack:
 
     def part(self, row: int, journal: int) -> Slots:
         """One row by itself, in arrays of its own, with an empty journal."""
-        part = Slots(self.rule, journal)
+        part = Slots(self.rule, journal, self.storage)
         part.offset = self.offsets[row]
         here = slice(row, row + 1)
         if part.evicted:
             part.victim = mx.contiguous(self._next_slot()[here])
         if part.offset:
             for name in _ARRAYS:
-                if (array := getattr(self, name)) is not None:
+                if (rows := getattr(self, name)) is not None:
                     n = part.taken
-                    setattr(part, name, mx.contiguous(array[here, :, :n]))
+                    own = each(lambda a, n=n: mx.contiguous(a[here, :, :n]), rows)
+                    setattr(part, name, own)
         # Now: what waits would keep all rows alive, and turn their next write in
         # place into a copy.
-        mx.eval([a for a in part.arrays if a is not None])
+        mx.eval([a for rows in part.arrays for a in arrays(rows)])
         return part
 
     def _next_slot(self) -> mx.array:
@@ -151,9 +158,7 @@ def step_mask(offsets: Sequence[int], limit: int | None) -> mx.array | None:
     return mx.arange(n) < mx.array(taken)[:, None, None, None]
 
 
-def _padded(array: mx.array, n: int) -> mx.array:
+def _padded(rows: Any, n: int) -> Any:
     """With zeros up to n slots."""
-    spare = n - array.shape[2]
-    if not spare:
-        return array
-    return mx.pad(array, [(0, 0), (0, 0), (0, spare), *[(0, 0)] * (array.ndim - 3)])
+    spare = n - rows.shape[2]
+    return around(rows, 0, spare) if spare else rows

@@ -10,6 +10,8 @@ import mlx.core as mx
 import numpy as np
 
 from .errors import CacheStateError
+from .packed import Packed, Storage
+from .packed import arrays as arrays_of
 from .policies import POLICIES, Rule, settle
 from .slots import Slots
 
@@ -25,9 +27,12 @@ def pack(slots: Slots, **how: Any) -> tuple[Any, ...]:
         "version": _VERSION,
         "rule": slots.rule.as_dict(),
         "journal": slots.journal.length,
+        "storage": slots.storage,
         **how,
     }
-    return (*slots.arrays, slots.offset, json.dumps(config))
+    keys, values, *others = slots.arrays
+    rows = (_plain(keys), _plain(values))
+    return (*rows, *others, slots.offset, json.dumps(config))
 
 
 def unpack(state: tuple[Any, ...]) -> tuple[Slots, dict[str, Any]]:
@@ -44,18 +49,39 @@ def unpack(state: tuple[Any, ...]) -> tuple[Slots, dict[str, Any]]:
         options = {o: config["rule"][o] for o in POLICIES[rule.policy].options}
         if settle(rule.policy, rule.max_size, options) != rule:
             raise ValueError("a rule that no options give")
-        slots = Slots(rule, config["journal"])
+        kept = Storage(*config["storage"])
+        slots = Slots(rule, config["journal"], kept)
         keys, values, positions, scores, norms, victim = arrays
-        slots.offset, slots.keys, slots.values = offset, keys, values
+        slots.offset = offset
+        slots.keys = _rows(keys, kept.key_bits, kept.group_size)
+        slots.values = _rows(values, kept.value_bits, kept.group_size)
         slots.positions, slots.scores = positions, scores
         slots.norms, slots.victim = norms, victim
         _check(slots)
         return slots, {name: config[name] for name in ("prefill", "shares")}
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise CacheStateError(
             f"This is not the state of a tova_mlx cache ({error}). Make it again "
             "with this version."
         ) from error
+
+
+def _plain(rows: Any) -> Any:
+    """An array, or the three of packed rows."""
+    return arrays_of(rows) if isinstance(rows, Packed) else rows
+
+
+def _rows(state: Any, bits: int | None, group_size: int) -> Any:
+    if state is None or bits is None:
+        if isinstance(state, (tuple, list)):
+            raise ValueError("packed rows, but no bits")
+        return state
+    data, scales, biases = state
+    rows = Packed(data, scales, biases, bits, group_size)
+    groups = (*rows.shape[:3], rows.shape[3] // group_size)
+    if data.dtype != mx.uint32 or scales.shape != groups or biases.shape != groups:
+        raise ValueError(f"no rows of {bits} bits in groups of {group_size}")
+    return rows
 
 
 def _check(slots: Slots) -> None:
@@ -67,7 +93,7 @@ def _check(slots: Slots) -> None:
         if slots.offset or any(a is not None for a in slots.arrays):
             raise ValueError("no keys")
         return
-    if keys.ndim != 4 or values.shape[:3] != keys.shape[:3]:
+    if len(keys.shape) != 4 or values.shape[:3] != keys.shape[:3]:
         raise ValueError(f"keys {keys.shape}, values {values.shape}")
     rows = keys.shape[:3]
     per_chooser = (rows[0], slots.choosers(keys), rows[2])

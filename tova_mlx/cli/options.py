@@ -19,6 +19,17 @@ def model_option(command: F) -> F:
     )(command)
 
 
+def _bits(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> int | tuple[int, ...] | None:
+    if value is None:
+        return None
+    parts = value.split(",")
+    if len(parts) > 2 or not all(p in ("4", "8") for p in parts):
+        raise click.BadParameter("use 4, 8, or a pair like 8,4")
+    return int(value) if len(parts) == 1 else tuple(map(int, parts))
+
+
 def cache_options(command: F) -> F:
     """The options that decide what a layer keeps."""
     for option in reversed(
@@ -62,6 +73,21 @@ def cache_options(command: F) -> F:
                 default=None,
                 help="Weigh attention by the norm of the value.  "
                 "[default: the policy's]",
+            ),
+            click.option(
+                "--kv-bits",
+                metavar="BITS[,BITS]",
+                callback=_bits,
+                help="Quantised keys and values: 4, 8, or a pair like 8,4.  "
+                "[default: as the model has them]",
+            ),
+            click.option(
+                "--kv-group-size",
+                type=click.Choice(["32", "64"]),
+                default="64",
+                show_default=True,
+                callback=lambda ctx, parameter, value: int(value),
+                help="Values that share a scale, with --kv-bits.",
             ),
             click.option(
                 "--prefill",
@@ -129,5 +155,5 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
 
 def cache_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """The options of `cache_options` as arguments of `make_prompt_cache`."""
-    names = ("max_kv_size", "policy", "prefill")
+    names = ("max_kv_size", "policy", "prefill", "kv_bits", "kv_group_size")
     return {k: options[k] for k in names} | given(options)

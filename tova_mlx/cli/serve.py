@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 
 import click
 
-from ..errors import OptionError
 from .models import directory
 from .options import cache_options, given, model_option
 from .tools import run_tool
@@ -34,11 +33,6 @@ def serve(arguments: tuple[str, ...], **options: Any) -> None:
     from ..policies import settle
 
     settle(options["policy"], options["max_kv_size"], given(options))
-    if any(a.split("=")[0] == "--kv-bits" for a in arguments):
-        raise OptionError(
-            "--kv-bits: bounded caches are not quantised yet. Leave it out, or use "
-            "mlx_lm.server."
-        )
     path = directory(options["model"])
     from huggingface_hub.constants import HF_HUB_CACHE
     from mlx_lm import server

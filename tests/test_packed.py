@@ -1,0 +1,192 @@
+"""Quantised slots: the same as rows that were quantised and unpacked again."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny
+import zoo
+from mlx_lm.generate import generate_step
+from test_cache import CASES, EXTRA
+
+from tova_mlx import (
+    PolicyKVCache,
+    TOVACache,
+    convert,
+    describe,
+    load_prompt_cache,
+    make_prompt_cache,
+    save_prompt_cache,
+)
+from tova_mlx.errors import CacheStateError, OptionError, UnsupportedModelError
+from tova_mlx.packed import Packed, Storage, arrays
+
+BITS = [8, (8, 4), 4]
+LIMIT = 12
+# Rounding in a layer can flip a code in the next, which is a step of the code then.
+FLIPPED = 2e-2
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.make(n_heads=4, n_kv_heads=2, head_dim=32)
+
+
+def bits_of(options, bits=4):
+    return {"kv_bits": bits, "kv_group_size": 32, **options}
+
+
+def unpack(rows):
+    if not isinstance(rows, Packed):
+        return rows
+    return mx.dequantize(*rows[:3], group_size=rows.group_size, bits=rows.bits)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("policy", "options"), CASES + EXTRA)
+def test_packed_rows_are_as_good_as_the_unpacked(
+    model, policy, options, bits, monkeypatch
+):
+    options = bits_of({"policy": policy, **options}, bits)
+    tokens, sizes = tiny.tokens(60), [30, 1, 1, 1, 9, *[1] * 18]
+    caches = make_prompt_cache(model, LIMIT, **options)
+    got = tiny.feed(model, tokens, caches, sizes)
+    assert all(isinstance(c.keys, Packed) for c in caches)
+    pack = Storage.pack
+    monkeypatch.setattr(
+        Storage, "pack", lambda self, k, v: tuple(map(unpack, pack(self, k, v)))
+    )
+    plain = make_prompt_cache(model, LIMIT, **options)
+    want = tiny.feed(model, tokens, plain, sizes)
+    np.testing.assert_allclose(np.array(got), np.array(want), atol=FLIPPED)
+    for a, b in zip(caches, plain, strict=True):
+        assert mx.array_equal(a.positions, b.positions)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 60])
+@pytest.mark.parametrize(("policy", "options"), CASES)
+def test_chunks_of_any_size_keep_the_same(model, policy, options, chunk):
+    options = bits_of({"policy": policy, **options})
+    tokens = tiny.tokens(60)
+    caches, other = (make_prompt_cache(model, LIMIT, **options) for _ in range(2))
+    got = tiny.feed(model, tokens, caches, chunk)
+    want = tiny.feed(model, tokens, other, 13)
+    np.testing.assert_allclose(np.array(got), np.array(want), atol=FLIPPED)
+    for a, b in zip(caches, other, strict=True):
+        assert mx.array_equal(a.positions, b.positions)
+
+
+@pytest.mark.parametrize("policy", ["tova", "fade", "streaming", "h2o"])
+def test_a_saved_packed_prompt_goes_on_to_the_bit(model, policy, tmp_path):
+    path = tmp_path / "prompt.safetensors"
+    convert(model, LIMIT, **bits_of({"policy": policy}))
+    caches = model.make_cache()
+    tiny.feed(model, tiny.tokens(30), caches, [20, *[1] * 10])
+    save_prompt_cache(path, caches, model=model)
+    loaded, _ = load_prompt_cache(path, model=model)
+    more = tiny.tokens(20, seed=3)
+    want = tiny.feed(model, more, caches, [1, 1, 10, 1, 7])
+    assert mx.array_equal(tiny.feed(model, more, loaded, [1, 1, 10, 1, 7]), want)
+    convert(model, LIMIT, **bits_of({"policy": policy}, 8))
+    with pytest.raises(CacheStateError, match="Use the options it was saved with"):
+        load_prompt_cache(path, model=model)
+
+
+def test_packed_tokens_can_be_taken_back(model):
+    tokens = tiny.tokens(40)
+    for policy in ("tova", "fade", "streaming"):
+        caches = make_prompt_cache(model, LIMIT, **bits_of({"policy": policy}))
+        first = tiny.feed(model, tokens, caches, [25, *[1] * 15])
+        assert all(c.trim(5) == 5 for c in caches)
+        again = tiny.feed(model, tokens[:, -5:], caches, 1)
+        assert mx.abs(again - first[:, -5:]).max() < FLIPPED
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("policy", ["tova", "fade", "window"])
+def test_bytes_are_as_described_and_fewer(model, policy, bits):
+    options = bits_of({"policy": policy, "journal": 0}, bits)
+    caches = make_prompt_cache(model, 64, **options)
+    plain = make_prompt_cache(model, 64, policy=policy, journal=0)
+    for some in (caches, plain):
+        tiny.feed(model, tiny.tokens(100), some, [50, *[1] * 50])
+    report = describe(caches)
+    held = sum(
+        a.nbytes for c in caches for rows in c.slots.arrays for a in arrays(rows)
+    )
+    assert held == report.totals["bytes_now"] == report.totals["bytes_at_most"]
+    # A head of 32: codes, a scale and a bias for its one group.
+    widths = bits if isinstance(bits, tuple) else (bits, bits)
+    rows = sum(32 * w // 8 + 8 for w in widths)
+    saved = 3 * 2 * 65 * (2 * 32 * 4 - rows)
+    assert sum(c.nbytes for c in plain) - held == saved
+
+
+def test_a_cache_is_quantised_on_the_way(model):
+    convert(model, LIMIT, policy="fade")
+    caches = model.make_cache()
+    prompt = tiny.tokens(40)[0]
+    steps = generate_step(
+        prompt,
+        model,
+        max_tokens=30,
+        prompt_cache=caches,
+        kv_bits=8,
+        kv_group_size=32,
+        quantized_kv_start=50,
+    )
+    tokens = [int(t) for t, _ in steps]
+    assert len(tokens) == 30
+    assert all(isinstance(c.keys, Packed) for c in caches)
+    assert all(c.size() == LIMIT and c.offset == 70 for c in caches)
+    assert caches[0].to_quantized(32, 8) is caches[0]
+    plain = model.make_cache()
+    tiny.feed(model, prompt[None], plain, 40)
+    packed = [c.to_quantized(32, 8) for c in plain]
+    assert [type(c) for c in packed] == [type(c) for c in plain]
+    more = tiny.tokens(9, seed=2)
+    got, want = (tiny.feed(model, more, c, 1) for c in (packed, plain))
+    assert 0 < mx.abs(got - want).max() < 0.2 * mx.abs(want).max()
+
+
+@pytest.mark.parametrize("step", [1, 64])
+def test_packed_rows_take_less_memory_at_the_peak(step):
+    # Weights of 1 MB, keys and values of 64 KiB a token.
+    model = tiny.make(n_heads=4, n_kv_heads=4, head_dim=512)
+    tokens = tiny.tokens(900)
+    peaks = {}
+    for bits in (None, 4):
+        caches = make_prompt_cache(model, 768, journal=0, kv_bits=bits)
+        tiny.feed(model, tokens[:, :800], caches, 800)
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        tiny.feed(model, tokens[:, 800:], caches, step)
+        peaks[bits] = mx.get_peak_memory()
+        del caches
+    assert peaks[4] < 0.6 * peaks[None]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kv_bits": 3}, "Use 4, 8 or a pair"),
+        ({"kv_bits": (8, 4, 4)}, "Use 4, 8 or a pair"),
+        ({"kv_bits": "4"}, "Use 4, 8 or a pair"),
+        ({"kv_bits": True}, "Use 4, 8 or a pair"),
+        ({"kv_bits": 4, "kv_group_size": 16}, "Use 32 or 64"),
+    ],
+)
+def test_bits_that_cannot_be_are_refused(options, message):
+    with pytest.raises(OptionError, match=message):
+        TOVACache(8, **options)
+
+
+def test_what_cannot_be_quantised_is_refused_when_the_cache_is_made(model, monkeypatch):
+    latents = {"qk_rope_head_dim": 32}
+    monkeypatch.setitem(zoo.CONFIGS, "deepseek_v3", latents)
+    with pytest.raises(OptionError, match="does not divide rows of 32"):
+        make_prompt_cache(model, 8, kv_bits=4, kv_group_size=64)
+    with pytest.raises(UnsupportedModelError, match=r"deepseek_v3.*Leave kv_bits out"):
+        make_prompt_cache(zoo.make("deepseek_v3"), 8, kv_bits=4, kv_group_size=32)
+    cache = PolicyKVCache(8, kv_bits=4)
+    with pytest.raises(OptionError, match="does not divide rows of 24"):
+        cache.update_and_fetch(mx.zeros((1, 2, 1, 24)), mx.zeros((1, 2, 1, 24)))
