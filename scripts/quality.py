@@ -32,9 +32,11 @@ from tova_mlx.demo import demo_model_path  # noqa: E402
 STEP = 512
 
 
-def losses(model, tokens: mx.array, max_kv_size: int, policy: str) -> np.ndarray:
+def losses(
+    model, tokens: mx.array, max_kv_size: int, policy: str, **options
+) -> np.ndarray:
     """Negative log-likelihoods [B, n - 1] of tokens [B, n], given those before."""
-    cache = make_prompt_cache(model, max_kv_size, policy=policy)
+    cache = make_prompt_cache(model, max_kv_size, policy=policy, **options)
     parts = []
     for start in range(0, tokens.shape[1] - 1, STEP):
         stop = min(start + STEP, tokens.shape[1] - 1)

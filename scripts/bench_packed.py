@@ -1,0 +1,103 @@
+"""Memory and speed of quantised slots against unquantised ones.
+
+    python scripts/bench_packed.py [--limit 2048] [--policy tova] [--out FILE]
+
+Demo model, float32 where there is no Metal. Per storage: cache bytes, MLX's peak memory
+above the weights while a text is read and while tokens are decoded, medians of a decode
+step (interleaved, after a warm-up). The last line is JSON.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from tova_mlx.blas import load_openblas
+
+load_openblas()
+
+import mlx.core as mx  # noqa: E402
+from mlx_lm import load  # noqa: E402
+
+from tova_mlx import make_prompt_cache  # noqa: E402
+from tova_mlx.demo import demo_model_path  # noqa: E402
+
+STORAGE = {
+    "plain": {},
+    "8": {"kv_bits": 8},
+    "8,4 group 32": {"kv_bits": (8, 4), "kv_group_size": 32},
+    "4 group 32": {"kv_bits": 4, "kv_group_size": 32},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--limit", type=int, default=2048)
+    parser.add_argument("--policy", default="tova")
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    model, _ = load(str(demo_model_path()))
+    if not mx.metal.is_available():
+        model.set_dtype(mx.float32)
+    mx.eval(model.parameters())
+    tokens = mx.random.randint(0, 1000, (1, args.limit + 256))
+    mx.eval(tokens)
+    weights = mx.get_active_memory()
+
+    def peak(caches, tokens, chunk):
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        for start in range(0, tokens.shape[1], chunk):
+            logits = model(tokens[:, start : start + chunk], cache=caches)
+            mx.eval(logits[:, -1], [c.state for c in caches])
+            del logits
+        return mx.get_peak_memory() - weights
+
+    rows, kept = {}, {}
+    for name, options in STORAGE.items():
+        options = {"policy": args.policy, "journal": 0, **options}
+        caches = make_prompt_cache(model, args.limit, **options)
+        prefill = peak(caches, tokens, 256)
+        decode = peak(caches, tokens[:, :8], 1)
+        rows[name] = {
+            "cache_bytes": sum(c.nbytes for c in caches),
+            "prefill_peak_bytes": prefill,
+            "decode_peak_bytes": decode,
+        }
+        # All of them at once would add up in the peaks; only for the timing below.
+        del caches
+        kept[name] = options
+    times: dict[str, list[float]] = {name: [] for name in kept}
+    caches = {n: make_prompt_cache(model, args.limit, **o) for n, o in kept.items()}
+    for cache in caches.values():
+        peak(cache, tokens, 256)
+    for i in range(args.steps + 4):
+        for name, cache in caches.items():
+            start = time.perf_counter()
+            mx.eval(model(tokens[:, :1], cache=cache), [c.state for c in cache])
+            if i >= 4:
+                times[name].append(time.perf_counter() - start)
+    for name, row in rows.items():
+        row["decode_ms"] = 1000 * statistics.median(times[name])
+        print(name, row, flush=True)
+    report = {
+        "command": " ".join(["python", "scripts/bench_packed.py", *sys.argv[1:]]),
+        "versions": {p: version(p) for p in ("tova_mlx", "mlx", "mlx-lm")},
+        "device": f"{mx.default_device()} {platform.machine()} {platform.system()}",
+        "date": time.strftime("%Y-%m-%d"),
+        "policy": args.policy,
+        "max_kv_size": args.limit,
+        "storage": rows,
+    }
+    if args.out:
+        args.out.write_text(json.dumps(report) + "\n")
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
