@@ -11,7 +11,7 @@ from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models import cache as mlx_lm_cache
 from test_cache import CASES
 
-from tova_mlx import PolicyKVCache, convert, make_prompt_cache, revert
+from tova_mlx import PolicyKVCache, convert, describe, make_prompt_cache, revert
 from tova_mlx.batch import BatchPolicyKVCache
 from tova_mlx.errors import CacheStateError, UnsupportedModelError
 
@@ -273,6 +273,18 @@ def test_a_batch_sees_to_it_that_attention_is_seen():
     batch.update_and_fetch(rows, rows)
     with pytest.raises(UnsupportedModelError, match="computes its own attention"):
         batch.update_and_fetch(rows, rows)
+
+
+def test_a_batch_is_described(model):
+    rows = [make_prompt_cache(model, LIMIT) for _ in range(2)]
+    caches = [layer[0].merge(layer) for layer in zip(*rows, strict=True)]
+    tiny.feed(model, tiny.tokens(30, batch=2), caches, [20, *[1] * 10])
+    report = describe(caches)
+    row = report.rows[0]
+    assert (row.kind, row.policy) == ("BatchPolicyKVCache", "tova")
+    assert (row.tokens_held, row.tokens_seen) == (LIMIT, 30)
+    assert row.bytes_now == caches[0].nbytes == row.bytes_at_most
+    assert str(report)
 
 
 def test_merged_caches_are_left_as_they_are(model):

@@ -18,7 +18,7 @@ from tova_mlx import (
     save_prompt_cache,
 )
 from tova_mlx.errors import CacheStateError, OptionError, UnsupportedModelError
-from tova_mlx.packed import Packed, Storage, arrays
+from tova_mlx.packed import Packed, Storage, arrays, product
 
 BITS = [8, (8, 4), 4]
 LIMIT = 12
@@ -190,3 +190,17 @@ def test_what_cannot_be_quantised_is_refused_when_the_cache_is_made(model, monke
     cache = PolicyKVCache(8, kv_bits=4)
     with pytest.raises(OptionError, match="does not divide rows of 24"):
         cache.update_and_fetch(mx.zeros((1, 2, 1, 24)), mx.zeros((1, 2, 1, 24)))
+
+
+@pytest.mark.parametrize("n_rows", [3, 50])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_products_are_those_of_the_unpacked(bits, n_rows):
+    mx.random.seed(bits)
+    # More slots than a tile, and no multiple of it.
+    rows, _ = Storage(bits, bits, 32).pack(*[mx.random.normal((2, 3, 600, 64))] * 2)
+    for transpose, width in ((True, 64), (False, 600)):
+        left = mx.random.normal((2, 3, n_rows, width))
+        plain = unpack(rows)
+        want = left @ (plain.swapaxes(2, 3) if transpose else plain)
+        got = product(left, rows, transpose=transpose)
+        np.testing.assert_allclose(np.array(got), np.array(want), atol=1e-3)

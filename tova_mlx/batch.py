@@ -224,6 +224,15 @@ class BatchPolicyKVCache:
         return sum(row.nbytes for row in self._rows)
 
     @property
+    def max_nbytes(self) -> int | None:
+        """Bytes that these rows can reach; None if unlimited or still empty."""
+        if self._stack is not None:
+            return self._stack.max_nbytes
+        bounds = [row.max_nbytes for row in self._rows]
+        known = [b for b in bounds if b is not None]
+        return sum(known) if len(known) == len(bounds) else None
+
+    @property
     def state(self) -> list[Any]:
         """All arrays, to be evaluated."""
         if self._stack is not None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from .eviction import ScanResult, scan
 from .logits import masked_logits
-from .newest import BLOCK, attention
+from .newest import BLOCK, plain_attention
 from .packed import Rows
 from .policies import Rule
 from .slots import Slots, gather, to_mlx
@@ -162,7 +162,7 @@ def _attend(
     assert alive is not None
     if alive.shape[1] > 1:
         alive = mx.repeat(alive, queries.shape[1] // alive.shape[1], axis=1)
-    return attention(
+    return plain_attention(
         queries[:, :, block.start : block.stop],
         keys,
         values,

@@ -24,8 +24,7 @@ from .evicting import (
 )
 from .eviction import window_mask
 from .journal import Journal
-from .newest import attend_newest
-from .newest import attention as attention_to
+from .newest import attend_newest, plain_attention
 from .packed import Rows, Storage, storage
 from .policies import Granularity, Rule, settle
 from .sharing import Given
@@ -259,7 +258,7 @@ class PolicyKVCache:
                 )
                 self._given.note_blocks(result.blocks)
                 return result.output
-        return attention_to(queries, keys, values, **how)
+        return plain_attention(queries, keys, values, **how)
 
     # Trimming, saving
 

@@ -36,7 +36,7 @@ def attend_newest(
     return output, grouped
 
 
-def attention(
+def plain_attention(
     queries: mx.array, keys: Any, values: Any, *, mask: Any, **how: Any
 ) -> mx.array:
     """Output [B, n_heads, L, D]; `how`: scale and sinks; mask "causal" as well.

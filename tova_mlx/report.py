@@ -7,8 +7,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 
+from .batch import BatchPolicyKVCache
 from .cache import PolicyKVCache
 from .layers import leaves
+
+OURS = (PolicyKVCache, BatchPolicyKVCache)
 
 
 @dataclass(frozen=True)
@@ -123,16 +126,22 @@ def bytes_per_token(caches: list[Any]) -> int:
 
 def _row(layer: int, cache: Any, bound: int | None) -> Row:
     parts = list(leaves([cache]))
-    policies = [c.rule.policy for c in parts if isinstance(c, PolicyKVCache)]
+    policies = [c.rule.policy for c in parts if isinstance(c, OURS)]
     return Row(
         layer=layer,
         kind=" + ".join(type(c).__name__ for c in parts),
         policy=policies[0] if policies else None,
         tokens_held=max(int(c.size()) if hasattr(c, "size") else 0 for c in parts),
-        tokens_seen=max(int(getattr(c, "offset", 0)) for c in parts),
+        tokens_seen=max(_seen(c) for c in parts),
         bytes_now=sum(0 if c.empty() else int(c.nbytes) for c in parts),
         bytes_at_most=bound,
     )
+
+
+def _seen(cache: Any) -> int:
+    """Tokens; of the row that has seen most, if there are several."""
+    offset = getattr(cache, "offset", 0)
+    return int(offset.max()) if isinstance(offset, mx.array) else int(offset)
 
 
 def _bound(cache: Any) -> int | None:
@@ -142,7 +151,7 @@ def _bound(cache: Any) -> int | None:
         return sum(known) if len(known) == len(bounds) else None
     if cache.empty():
         return None
-    if isinstance(cache, PolicyKVCache):
+    if isinstance(cache, OURS):
         return cache.max_nbytes
     if isinstance(cache, mlx_lm_cache.RotatingKVCache) and cache.keys is not None:
         return int(cache.nbytes) // cache.keys.shape[2] * cache.max_size

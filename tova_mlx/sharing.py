@@ -10,7 +10,7 @@ from weakref import WeakSet
 import mlx.core as mx
 
 from .block import Block, attend_again
-from .newest import attention
+from .newest import plain_attention
 from .packed import Rows
 
 
@@ -41,7 +41,7 @@ class Given:
         """Attention of another layer; `how`: scale, mask and sinks. Evicts nothing."""
         if self.blocks is not None:
             return attend_again(self.blocks, queries, keys, values, **how)
-        return attention(queries, keys, values, **how)
+        return plain_attention(queries, keys, values, **how)
 
     def forget(self) -> None:
         self.rows = self.blocks = None

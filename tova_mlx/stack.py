@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .packed import Rows, around, arrays, each, join
+from .packed import Rows, around, arrays, each, join, nbytes
 from .slots import Slots, allocation, held, l2_norms, numbered, put
 
 # Those with slots in axis 2, by the names that `Slots` has for them.
@@ -88,6 +88,15 @@ class Stack:
     @property
     def nbytes(self) -> int:
         return sum(a.nbytes for a in self.arrays)
+
+    @property
+    def max_nbytes(self) -> int | None:
+        """Bytes that the arrays can reach; None if unlimited."""
+        if self.rule.max_size is None:
+            return None
+        slots = self.keys.shape[2]
+        per_slot = sum(nbytes(getattr(self, name)) for name in _ARRAYS) // slots
+        return self.nbytes + per_slot * (self.rule.max_size + 1 - slots)
 
     def append(self, keys: mx.array, values: mx.array) -> tuple[Rows, Rows]:
         """Write a row's token each; return the slots [B, n_kv_heads, n, ·] to see."""
