@@ -1,6 +1,6 @@
 """Memory and speed of quantised slots against unquantised ones.
 
-    python scripts/bench_packed.py [--limit 2048] [--policy tova] [--out FILE]
+    python scripts/bench_packed.py [--limit 512] [--policy tova] [--out FILE]
 
 Demo model, float32 where there is no Metal. Per storage: cache bytes, MLX's peak memory
 above the weights while a text is read and while tokens are decoded, medians of a decode
@@ -36,7 +36,7 @@ STORAGE = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--limit", type=int, default=2048)
+    parser.add_argument("--limit", type=int, default=512)
     parser.add_argument("--policy", default="tova")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--out", type=Path)
