@@ -186,8 +186,10 @@ def test_what_cannot_be_served_ends_with_the_reason(
 
 def test_memory_stays_bounded_over_growing_requests(small_path):
     resident = []
-    arguments = ("--model", str(small_path), "--max-kv-size", "32")
-    with serving(*arguments, "--log-level", "ERROR") as (process, client):
+    # Small steps, or what is passing grows with the prompts up to 2,048 tokens.
+    arguments = ("--max-kv-size", "32", "--prefill-step-size", "128")
+    arguments += ("--model", str(small_path), "--log-level", "ERROR")
+    with serving(*arguments) as (process, client):
         for i in range(200):
             chat(client, [user("word " * 5 * (i + 1))], max_tokens=1)
             resident.append(resident_bytes(process.pid))
