@@ -210,3 +210,13 @@ def test_products_are_those_of_the_unpacked(bits, n_rows):
         want = left @ (plain.swapaxes(2, 3) if transpose else plain)
         got = product(left, rows, transpose=transpose)
         np.testing.assert_allclose(np.array(got), np.array(want), atol=1e-3)
+
+
+def test_looking_whether_a_model_can_be_quantised_leaves_no_trace(monkeypatch):
+    # Two layers keep caches of their own, which must be as new as ours.
+    wide = {"text_config": {"head_dim": 32}}
+    monkeypatch.setitem(zoo.CONFIGS, "gemma3", wide)
+    model = zoo.make("gemma3")
+    caches = make_prompt_cache(model, 8, kv_bits=8, kv_group_size=32)
+    assert [c.offset for c in caches] == [0] * 4
+    assert all(c.empty() for c in caches)

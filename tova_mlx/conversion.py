@@ -63,33 +63,18 @@ def make_prompt_cache(
             does with its caches what a bounded one cannot be right with.
     """
     rule = settle(policy, max_kv_size, options)
-    common: dict[str, Any] = {
+    arguments: dict[str, Any] = {
+        "policy": policy,
         "prefill": prefill,
         "journal": journal,
         "kv_bits": kv_bits,
         "kv_group_size": kv_group_size,
+        **options,
     }
-
-    def make() -> PolicyKVCache:
-        if policy == "tova":
-            assert max_kv_size is not None
-            return TOVACache(max_kv_size, **common, **options)
-        return PolicyKVCache(max_kv_size, policy, **common, **options)
-
-    def bounded(cache: Any) -> Any:
-        if type(cache) is mlx_lm_cache.CacheList:
-            return mlx_lm_cache.CacheList(*map(bounded, cache.caches))
-        return make() if type(cache) is mlx_lm_cache.KVCache else cache
-
-    defaults = _default_caches(model)
-    caches = [bounded(c) for c in defaults]
+    caches = _bounded(model, max_kv_size, **arguments)
     _check_model(model, rule, list(leaves(caches)))
-    layers: Any = model.layers
-    shares = len(layers) > len(caches)
     if kv_bits is not None:
-        _check_packed(model, [bounded(c) for c in defaults], shares)
-    if shares:
-        _share(caches)
+        _check_packed(model, _bounded(model, max_kv_size, **arguments))
     return caches
 
 
@@ -139,7 +124,8 @@ class _Maker:
         self.model, self.max_kv_size, self.options = model, max_kv_size, options
 
     def __call__(self) -> list[Any]:
-        return make_prompt_cache(self.model, self.max_kv_size, **self.options)
+        # What `convert` has checked is not checked for every request.
+        return _bounded(self.model, self.max_kv_size, **self.options)
 
 
 def _default_caches(model: nn.Module) -> list[Any]:
@@ -157,19 +143,36 @@ def _default_caches(model: nn.Module) -> list[Any]:
     return mlx_lm_cache.make_prompt_cache(default)  # type: ignore[arg-type]
 
 
-def _share(caches: list[Any]) -> None:
-    for cache in leaves(caches):
-        if isinstance(cache, PolicyKVCache):
-            cache.share()
+def _bounded(
+    model: nn.Module, max_kv_size: int | None, *, policy: str = "tova", **arguments: Any
+) -> list[Any]:
+    """New caches, unchecked; those of layers that share keys know it."""
+
+    def make() -> PolicyKVCache:
+        if policy == "tova":
+            assert max_kv_size is not None
+            return TOVACache(max_kv_size, **arguments)
+        return PolicyKVCache(max_kv_size, policy, **arguments)
+
+    def bounded(cache: Any) -> Any:
+        if type(cache) is mlx_lm_cache.CacheList:
+            return mlx_lm_cache.CacheList(*map(bounded, cache.caches))
+        return make() if type(cache) is mlx_lm_cache.KVCache else cache
+
+    caches = [bounded(c) for c in _default_caches(model)]
+    layers: Any = model.layers
+    if len(layers) > len(caches):
+        for cache in leaves(caches):
+            if isinstance(cache, PolicyKVCache):
+                cache.share()
+    return caches
 
 
-def _check_packed(model: nn.Module, caches: list[Any], shares: bool) -> None:
+def _check_packed(model: nn.Module, caches: list[Any]) -> None:
     """Refuse a model that does more with its keys than to attend to them.
 
     caches: to be thrown away.
     """
-    if shares:
-        _share(caches)
     try:
         trace(model, caches)
     except TovaError:
