@@ -12,11 +12,8 @@ the time of the bytes it moves (weights, keys and values). The last line is JSON
 
 import argparse
 import json
-import platform
 import statistics
-import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 from tova_mlx.blas import load_openblas
@@ -24,6 +21,7 @@ from tova_mlx.blas import load_openblas
 load_openblas()
 
 import mlx.core as mx  # noqa: E402
+from common import provenance  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 from mlx_lm import load  # noqa: E402
 from mlx_lm.models.cache import KVCache  # noqa: E402
@@ -114,14 +112,7 @@ def main() -> None:
             flush=True,
         )
     report = {
-        "command": " ".join(["python", "scripts/bench_batch.py", *sys.argv[1:]]),
-        "versions": {
-            "tova_mlx": version("tova_mlx"),
-            "mlx": version("mlx"),
-            "mlx-lm": version("mlx-lm"),
-        },
-        "device": f"{mx.default_device()} {platform.machine()} {platform.system()}",
-        "date": time.strftime("%Y-%m-%d"),
+        **provenance(),
         "policy": args.policy,
         "max_kv_size": args.limit,
         "results": results,

@@ -9,11 +9,8 @@ step (interleaved, after a warm-up). The last line is JSON.
 
 import argparse
 import json
-import platform
 import statistics
-import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 from tova_mlx.blas import load_openblas
@@ -21,6 +18,7 @@ from tova_mlx.blas import load_openblas
 load_openblas()
 
 import mlx.core as mx  # noqa: E402
+from common import provenance  # noqa: E402
 from mlx_lm import load  # noqa: E402
 
 from tova_mlx import make_prompt_cache  # noqa: E402
@@ -86,10 +84,7 @@ def main() -> None:
         row["decode_ms"] = 1000 * statistics.median(times[name])
         print(name, row, flush=True)
     report = {
-        "command": " ".join(["python", "scripts/bench_packed.py", *sys.argv[1:]]),
-        "versions": {p: version(p) for p in ("tova_mlx", "mlx", "mlx-lm")},
-        "device": f"{mx.default_device()} {platform.machine()} {platform.system()}",
-        "date": time.strftime("%Y-%m-%d"),
+        **provenance(),
         "policy": args.policy,
         "max_kv_size": args.limit,
         "storage": rows,

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from common import write_block
+
 ROOT = Path(__file__).parents[1]
 # One for each thing that a policy can ask of a model: attention, none, values.
 POLICIES = ("tova", "streaming", "fade")
@@ -90,10 +92,6 @@ if __name__ == "__main__":
     found = _run()
     print(table(found))
     if "--write" in sys.argv[1:]:
-        readme = ROOT / "README.md"
-        head, rest = readme.read_text(encoding="utf-8").split("<!-- models -->")
-        tail = rest.split("<!-- /models -->")[1]
-        text = f"{head}<!-- models -->\n{table(found)}\n<!-- /models -->{tail}"
-        readme.write_text(text, encoding="utf-8")
+        write_block("models", table(found))
     if "--json" in sys.argv[1:]:
         print(json.dumps(summary(found)))

@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+from common import write_block
+
 RESULTS = Path(__file__).parents[1] / "results" / "quality.jsonl"
 ORDER = ("full", "window", "streaming", "h2o", "tova", "vatp", "fade")
 
@@ -40,8 +42,4 @@ def _cell(row: dict) -> str:
 if __name__ == "__main__":
     print(table())
     if "--write" in sys.argv[1:]:
-        readme = RESULTS.parents[1] / "README.md"
-        head, rest = readme.read_text(encoding="utf-8").split("<!-- quality -->")
-        tail = rest.split("<!-- /quality -->")[1]
-        text = f"{head}<!-- quality -->\n{table()}\n<!-- /quality -->{tail}"
-        readme.write_text(text, encoding="utf-8")
+        write_block("quality", table())

@@ -18,6 +18,7 @@ from .attention import unseen
 from .cache import PolicyKVCache
 from .errors import CacheStateError
 from .evicting import check_values, evict, evict_by_weights
+from .layers import total
 from .newest import attend_newest
 from .packed import Rows, around, join
 from .slots import held, to_mlx
@@ -228,9 +229,7 @@ class BatchPolicyKVCache:
         """Bytes that these rows can reach; None if unlimited or still empty."""
         if self._stack is not None:
             return self._stack.max_nbytes
-        bounds = [row.max_nbytes for row in self._rows]
-        known = [b for b in bounds if b is not None]
-        return sum(known) if len(known) == len(bounds) else None
+        return total(row.max_nbytes for row in self._rows)
 
     @property
     def state(self) -> list[Any]:

@@ -8,3 +8,9 @@ def leaves(caches: Iterable[Any]) -> Iterator[Any]:
     """The caches in a list, those inside of a `CacheList` too."""
     for cache in caches:
         yield from leaves(cache.caches) if hasattr(cache, "caches") else (cache,)
+
+
+def total(bounds: Iterable[int | None]) -> int | None:
+    """The sum, or None if one of them is not known."""
+    known = list(bounds)
+    return None if None in known else sum(b for b in known if b is not None)

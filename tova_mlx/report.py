@@ -9,7 +9,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from .batch import BatchPolicyKVCache
 from .cache import PolicyKVCache
-from .layers import leaves
+from .layers import leaves, total
 
 OURS = (PolicyKVCache, BatchPolicyKVCache)
 
@@ -36,14 +36,12 @@ class Report:
     @property
     def totals(self) -> dict[str, int | None]:
         """Most tokens held and seen in a layer; bytes of all layers."""
-        most = [r.bytes_at_most for r in self.rows]
-        bounds = [m for m in most if m is not None]
         return {
             "layers": len(self.rows),
             "tokens_held": max((r.tokens_held for r in self.rows), default=0),
             "tokens_seen": max((r.tokens_seen for r in self.rows), default=0),
             "bytes_now": sum(r.bytes_now for r in self.rows),
-            "bytes_at_most": sum(bounds) if len(bounds) == len(most) else None,
+            "bytes_at_most": total(r.bytes_at_most for r in self.rows),
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,9 +144,7 @@ def _seen(cache: Any) -> int:
 
 def _bound(cache: Any) -> int | None:
     if hasattr(cache, "caches"):
-        bounds = [_bound(c) for c in cache.caches]
-        known = [b for b in bounds if b is not None]
-        return sum(known) if len(known) == len(bounds) else None
+        return total(map(_bound, cache.caches))
     if cache.empty():
         return None
     if isinstance(cache, OURS):
