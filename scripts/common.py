@@ -15,11 +15,17 @@ def provenance() -> dict[str, Any]:
     import mlx.core as mx
 
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *map(_argument, sys.argv)]),
         "versions": {p: version(p) for p in ("tova_mlx", "mlx", "mlx-lm")},
         "device": f"{mx.default_device()} {platform.machine()} {platform.system()}",
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _argument(argument: str) -> str:
+    """Of a path outside the repository its name."""
+    path = Path(argument)
+    return path.name if path.is_absolute() or ".." in path.parts else argument
 
 
 def write_block(name: str, text: str) -> None:

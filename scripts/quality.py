@@ -11,11 +11,8 @@ difference. Rows already in `--out` are not run again. The last line is JSON.
 
 import argparse
 import json
-import platform
-import sys
-import time
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from tova_mlx.blas import load_openblas
 
@@ -24,6 +21,7 @@ load_openblas()
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 import numpy as np  # noqa: E402
+from common import provenance  # noqa: E402
 from mlx_lm import load  # noqa: E402
 
 from tova_mlx import POLICIES, make_prompt_cache  # noqa: E402
@@ -48,6 +46,34 @@ def losses(
     return np.concatenate(parts, axis=1)
 
 
+def provenance_of_row(tokens: int) -> dict[str, Any]:
+    """What all rows of a run say of it."""
+    return {
+        "task": "perplexity",
+        "unit": "perplexity",
+        "model": demo_model_path().name,
+        "dtype": "float32",
+        "tokens": tokens - 1,
+        "prefill_step_size": STEP,
+        "seed": None,
+        **provenance(),
+    }
+
+
+def measured(nll: np.ndarray, base: np.ndarray, to: str) -> dict[str, Any]:
+    """Perplexity with standard error, and its ratio to that of `base`, paired."""
+    n, value = len(nll), float(np.exp(nll.mean()))
+    difference = nll - base
+    ratio = float(np.exp(difference.mean()))
+    return {
+        "value": value,
+        "n": n,
+        "stderr": value * float(nll.std(ddof=1)) / n**0.5,
+        f"ratio_to_{to}": ratio,
+        "ratio_stderr": ratio * float(difference.std(ddof=1)) / n**0.5,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("texts", nargs="+", type=Path)
@@ -66,21 +92,7 @@ def main() -> None:
     ids = [tokenizer.encode(t.read_text(encoding="utf-8")[:40_000]) for t in args.texts]
     tokens = mx.array([i[: args.tokens] for i in ids])
     full = losses(model, tokens, 1, "full")
-    common = {
-        "task": "perplexity",
-        "unit": "perplexity",
-        "model": demo_model_path().name,
-        "dtype": "float32",
-        "tokens": args.tokens - 1,
-        "prefill_step_size": STEP,
-        "seed": None,
-        "versions": {p: version(p) for p in ("tova_mlx", "mlx", "mlx-lm")},
-        "device": f"{mx.default_device()} {platform.machine()} {platform.system()}",
-        "command": " ".join(
-            ["python", "scripts/quality.py", *map(_name, sys.argv[1:])]
-        ),
-        "date": time.strftime("%Y-%m-%d"),
-    }
+    common = provenance_of_row(args.tokens)
     for size in args.sizes:
         for policy in ["full", *args.policies]:
             names = [t.stem for t in args.texts]
@@ -88,27 +100,17 @@ def main() -> None:
                 continue
             got = full if policy == "full" else losses(model, tokens, size, policy)
             for name, nll, base in zip(names, got, full, strict=True):
-                past, base = nll[size:], base[size:]
-                value = float(np.exp(past.mean()))
-                n = len(past)
-                difference = past - base
                 row = {
                     **common,
                     "text": name,
                     "policy": policy,
                     "max_kv_size": size,
-                    "value": value,
-                    "n": n,
-                    "stderr": value * float(past.std(ddof=1)) / n**0.5,
-                    "ratio_to_full": float(np.exp(difference.mean())),
-                    "ratio_stderr": float(
-                        np.exp(difference.mean()) * difference.std(ddof=1) / n**0.5
-                    ),
+                    **measured(nll[size:], base[size:], "full"),
                 }
                 with args.out.open("a") as out:
                     out.write(json.dumps(row) + "\n")
                 print(
-                    f"{name:12} {size:4} {policy:10} {value:8.3f} "
+                    f"{name:12} {size:4} {policy:10} {row['value']:8.3f} "
                     f"{row['ratio_to_full']:.4f}",
                     flush=True,
                 )
@@ -116,12 +118,6 @@ def main() -> None:
         json.dumps(
             {"out": str(args.out), "rows": len(args.out.read_text().splitlines())}
         )
-    )
-
-
-def _name(argument: str) -> str:
-    return (
-        Path(argument).name if Path(argument).exists() and "/" in argument else argument
     )
 
 

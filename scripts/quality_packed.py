@@ -9,15 +9,11 @@ the paired difference. Rows already in `--out` are not run again. The last line 
 
 import argparse
 import json
-import sys
-import time
-from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 from mlx_lm import load
-from quality import STEP, losses
+from quality import losses, measured, provenance_of_row
 
 from tova_mlx import POLICIES
 from tova_mlx.demo import demo_model_path
@@ -44,52 +40,37 @@ def main() -> None:
     model.set_dtype(mx.float32)
     ids = [tokenizer.encode(t.read_text(encoding="utf-8")[:40_000]) for t in args.texts]
     tokens = mx.array([i[: args.tokens] for i in ids])
+    common, size = provenance_of_row(args.tokens), args.max_kv_size
     for policy in args.policies:
         plain = None
         for bits, group in KEPT:
             if (policy, *bits, group) in done:
                 continue
             if plain is None:
-                plain = losses(model, tokens, args.max_kv_size, policy)
+                plain = losses(model, tokens, size, policy)
             kept = {"kv_bits": bits, "kv_group_size": group}
-            got = losses(model, tokens, args.max_kv_size, policy, **kept)
+            got = losses(model, tokens, size, policy, **kept)
             for text, nll, base in zip(args.texts, got, plain, strict=True):
-                past = nll[args.max_kv_size :]
-                difference = past - base[args.max_kv_size :]
-                ratio = float(np.exp(difference.mean()))
-                value = float(np.exp(past.mean()))
-                n = len(past)
                 row = {
-                    "task": "perplexity",
-                    "unit": "perplexity",
-                    "model": demo_model_path().name,
-                    "dtype": "float32",
-                    "tokens": args.tokens - 1,
-                    "prefill_step_size": STEP,
-                    "seed": None,
-                    "versions": {p: version(p) for p in ("tova_mlx", "mlx", "mlx-lm")},
-                    "device": str(mx.default_device()),
-                    "command": f"python scripts/quality_packed.py "
-                    f"{' '.join(t.name for t in args.texts)} --out {args.out}",
-                    "date": time.strftime("%Y-%m-%d"),
+                    **common,
                     "text": text.stem,
                     "policy": policy,
-                    "max_kv_size": args.max_kv_size,
+                    "max_kv_size": size,
                     **kept,
-                    "value": value,
-                    "n": n,
-                    "stderr": value * float(past.std(ddof=1)) / n**0.5,
-                    "ratio_to_plain": ratio,
-                    "ratio_stderr": ratio * float(difference.std(ddof=1)) / n**0.5,
+                    **measured(nll[size:], base[size:], "plain"),
                 }
                 with args.out.open("a") as out:
                     out.write(json.dumps(row) + "\n")
                 print(
-                    f"{text.stem:12} {policy:6} {bits} group {group} {value:8.3f} "
-                    f"{ratio:.4f}",
+                    f"{text.stem:12} {policy:6} {bits} group {group} "
+                    f"{row['value']:8.3f} {row['ratio_to_plain']:.4f}",
                     flush=True,
                 )
-    print(json.dumps({"out": str(args.out), "command": " ".join(sys.argv)}))
+    print(
+        json.dumps(
+            {"out": str(args.out), "rows": len(args.out.read_text().splitlines())}
+        )
+    )
 
 
 if __name__ == "__main__":

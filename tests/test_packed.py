@@ -77,6 +77,22 @@ def test_chunks_of_any_size_keep_the_same(model, policy, options, chunk):
         assert mx.array_equal(a.positions, b.positions)
 
 
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("policy", ["tova", "fade", "streaming"])
+def test_half_precision_is_packed_too(policy, dtype):
+    model = tiny.make(n_heads=4, n_kv_heads=2, head_dim=32)
+    model.set_dtype(dtype)
+    plain = make_prompt_cache(model, LIMIT, policy=policy)
+    packed = make_prompt_cache(model, LIMIT, **bits_of({"policy": policy}, 8))
+    tokens, sizes = tiny.tokens(40), [30, *[1] * 10]
+    want, got = (tiny.feed(model, tokens, c, sizes) for c in (plain, packed))
+    assert got.dtype == dtype
+    assert packed[0].keys.scales.dtype == dtype
+    # Later the codes' rounding may let another token go.
+    off = (got - want).astype(mx.float32)[:, :LIMIT]
+    assert 0 < mx.abs(off).mean() < 0.03 * mx.abs(want.astype(mx.float32)).mean()
+
+
 @pytest.mark.parametrize("policy", ["tova", "fade", "streaming", "h2o"])
 def test_a_saved_packed_prompt_goes_on_to_the_bit(model, policy, tmp_path):
     path = tmp_path / "prompt.safetensors"
@@ -145,6 +161,9 @@ def test_a_cache_is_quantised_on_the_way(model):
     tiny.feed(model, prompt[None], plain, 40)
     packed = [c.to_quantized(32, 8) for c in plain]
     assert [type(c) for c in packed] == [type(c) for c in plain]
+    # What left before is kept in its own type, so it cannot come back.
+    assert plain[0].can_trim(5)
+    assert not packed[0].can_trim(5)
     more = tiny.tokens(9, seed=2)
     got, want = (tiny.feed(model, more, c, 1) for c in (packed, plain))
     assert 0 < mx.abs(got - want).max() < 0.2 * mx.abs(want).max()

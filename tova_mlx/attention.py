@@ -12,7 +12,6 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm.models.base as mlx_lm_base
 
-from .errors import UnsupportedModelError
 from .sharing import given_with
 
 _NAME = "scaled_dot_product_attention"
@@ -52,14 +51,6 @@ def is_seen(module_name: str) -> bool:
     """Whether the module attends through the function that `install` replaces."""
     held = vars(sys.modules[module_name]).get(_NAME)
     return held is dispatch or held is _original
-
-
-def unseen(module_name: str, policy: str) -> UnsupportedModelError:
-    """What to raise for a model that attends by itself."""
-    return UnsupportedModelError(
-        f"{module_name} computes its own attention, so {policy} cannot see its "
-        "queries. Use policy window or streaming, or another model."
-    )
 
 
 def _replace(old: Any, new: Any) -> None:

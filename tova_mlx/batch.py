@@ -9,32 +9,62 @@ row, so it can neither attend, be attended to, take a slot nor leave one.
 import copy
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from .attention import unseen
 from .cache import PolicyKVCache
 from .errors import CacheStateError
-from .evicting import check_values, evict, evict_by_weights
+from .evicting import evict, evict_by_weights
 from .layers import total
 from .newest import attend_newest
-from .packed import Rows, around, join
-from .slots import held, to_mlx
+from .packed import Rows, Storage, around, join, to_mlx
+from .policies import Rule
+from .refusals import attended_again, check_values, unseen
+from .sharing import Given
+from .slots import held
 from .stack import Stack, step_mask
 
 # The part of a chunk that is a row's own: from, to.
 Span = tuple[int, int]
 
 
-class _Given(NamedTuple):
+class _Part(NamedTuple):
     """What a row's update gave, and where that lies in the batch's arrays."""
 
     queries: slice
     columns: slice
     keys: Rows
     values: Rows
+
+
+class _Made(NamedTuple):
+    """How the rows of a batch were made: what they have in common."""
+
+    kind: type[PolicyKVCache]
+    rule: Rule
+    storage: Storage
+    prefill: str
+    journal: int
+    shares: bool
+
+    @classmethod
+    def of(cls, cache: PolicyKVCache) -> "_Made":
+        slots = cache.slots
+        how = (cache.prefill, slots.journal.length, cache.shares)
+        return cls(type(cache), cache.rule, slots.storage, *how)
+
+    def check(self, other: "_Made") -> None:
+        """Raises CacheStateError for rows that were made otherwise."""
+        for name, mine, theirs in zip(self._fields, self, other, strict=True):
+            if mine != theirs:
+                raise CacheStateError(
+                    f"{self.rule.policy}: caches of different options ({name}: {mine} "
+                    f"and {theirs}) cannot be one batch. Convert the model once, then "
+                    "make all of them."
+                )
 
 
 class BatchPolicyKVCache:
@@ -48,16 +78,20 @@ class BatchPolicyKVCache:
         self._rows = list(rows)
         self._stack: Stack | None = None
         self.rule = rows[0].rule
-        self._kind, self._prefill = type(rows[0]), rows[0].prefill
-        self._journal = rows[0].slots.journal.length
+        self._made = _Made.of(rows[0])
         # Padding on the left, and own tokens after it (None: all that come), per row;
         # how much of both has come.
         self._left = [0] * len(self._rows)
         self._lengths: list[int] | None = None
         self._done = 0
+        # The module whose attention is still to come for the last update.
         self._awaits: str | None = None
-        self._given: list[_Given] = []
-        self._fetched: list[Rows] = []
+        # What the last update gave, row by row and joined, until it is attended to.
+        self._parts: list[_Part] = []
+        self._joined: list[Rows] = []
+        self._given = Given()
+        if rows[0].shares:
+            self._given.start()
 
     @classmethod
     def merge(cls, caches: Sequence[PolicyKVCache]) -> "BatchPolicyKVCache":
@@ -67,12 +101,7 @@ class BatchPolicyKVCache:
         """
         first = caches[0]
         for cache in caches:
-            if _kind(cache) != _kind(first):
-                raise CacheStateError(
-                    f"{first.rule.policy}: caches of different options "
-                    f"({_kind(first)} and {_kind(cache)}) cannot be one batch. "
-                    "Convert the model once, then make all of them."
-                )
+            _Made.of(first).check(_Made.of(cache))
             if cache.keys is not None and cache.keys.shape[0] != 1:
                 raise CacheStateError(
                     f"{first.rule.policy}: a cache of {cache.keys.shape[0]} rows "
@@ -104,6 +133,7 @@ class BatchPolicyKVCache:
                 f"{self.rule.policy}: rows cannot join while padded prompts are read. "
                 "Call finalize first."
             )
+        self._made.check(other._made)
         self._rows = [*self._unstacked(), *other._unstacked()]
         self._left = [0] * len(self._rows)
 
@@ -164,23 +194,24 @@ class BatchPolicyKVCache:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Rows, Rows]:
         """Store new rows [B, n_kv_heads, L, head_dim]; return all to attend to."""
-        if self._awaits is not None:
+        if self._awaits is not None and self.rule.reads_attention:
             raise unseen(self._awaits, self.rule.policy)
-        module = None
-        if self.rule.reads_attention:
-            module = sys._getframe(1).f_globals.get("__name__", "the model")
+        # Before anything is written: a second reference turns a write into a copy.
+        self._given.forget()
+        self._parts, self._joined = [], []
+        module = sys._getframe(1).f_globals.get("__name__", "the model")
+        self._awaits = module
         length = keys.shape[2]
         if not self._steps(length):
-            return self._update_rows(keys, values, module)
+            return self._given.note(self._update_rows(keys, values, module))
         if self._stack is None:
             parts = [row.slots for row in self._rows]
             self._stack = Stack(parts, keys, values)
             self._rows = []
-        self._awaits = module
         given = self._stack.append(keys, values)
         if self._stack.evicted and not self.rule.reads_attention:
             evict(self._stack)
-        return given
+        return self._given.note(given)
 
     def attend(
         self,
@@ -193,17 +224,28 @@ class BatchPolicyKVCache:
         sinks: mx.array | None = None,
     ) -> mx.array:
         """Attention of queries [B, n_heads, L, head_dim], as in PolicyKVCache."""
-        how: dict[str, Any] = {"scale": scale, "sinks": sinks}
+        how: dict[str, Any] = {"scale": scale, "mask": mask, "sinks": sinks}
+        module, self._awaits = self._awaits, None
+        if module is None:
+            if self._given.rows is None:
+                raise attended_again(self.rule)
+            return self._given.attend(queries, keys, values, **how)
         if self._stack is None:
-            return self._attend_rows(queries, keys, values, mask, **how)
-        if self.rule.reads_attention:
-            module, self._awaits = self._awaits, None
-            assert module is not None
-            check_values(module, self.rule, self._stack.values, values)
-        output, weights = attend_newest(queries, keys, values, mask=mask, **how)
+            attend = partial(self._attend_rows, self._parts, self._joined)
+            self._given.note_again(attend)
+            self._parts, self._joined = [], []
+            return attend(queries, keys, values, **how)
+        check_values(module, self.rule, self._stack.values, values)
+        output, weights = attend_newest(queries, keys, values, **how)
         if self.rule.reads_attention:
             output = evict_by_weights(self._stack, output, weights)
         return output
+
+    def keys_and_values(self) -> tuple[Rows, Rows]:
+        """What the last update gave, for a layer that shares it."""
+        if self._given.rows is None:
+            raise attended_again(self.rule)
+        return self._given.rows
 
     # What is held
 
@@ -269,8 +311,9 @@ class BatchPolicyKVCache:
 
     def _row(self, i: int) -> PolicyKVCache:
         assert self._stack is not None
-        part = self._stack.part(i, self._journal)
-        return self._kind.of_slots(part, self._prefill)
+        part = self._stack.part(i, self._made.journal)
+        made = self._made
+        return made.kind.of_slots(part, made.prefill, made.shares)
 
     def _unstacked(self) -> list[PolicyKVCache]:
         if self._stack is not None:
@@ -279,11 +322,11 @@ class BatchPolicyKVCache:
         return self._rows
 
     def _update_rows(
-        self, keys: mx.array, values: mx.array, module: str | None
+        self, keys: mx.array, values: mx.array, module: str
     ) -> tuple[Rows, Rows]:
         rows, length = self._unstacked(), keys.shape[2]
         before = max(row.size() for row in rows)
-        self._given, padded = [], []
+        self._parts, padded = [], []
         for i, (row, (start, stop)) in enumerate(
             zip(rows, self._cut(length), strict=True)
         ):
@@ -292,56 +335,53 @@ class BatchPolicyKVCache:
             if stop > start:
                 given = row.update_and_fetch(*new, module=module)
             else:
-                given: tuple[Rows, Rows] = new if row.empty() else row.keys_and_values()
+                given: tuple[Rows, Rows] = new if row.empty() else row.slots.held_rows()
             queries, columns = slice(start, stop), slice(first, before + stop)
-            self._given.append(_Given(queries, columns, *given))
+            self._parts.append(_Part(queries, columns, *given))
             padded.append([around(a, first, length - stop) for a in given])
         self._done += length
-        self._fetched = [join(a, axis=0) for a in zip(*padded, strict=True)]
-        return self._fetched[0], self._fetched[1]
+        self._joined = [join(a, axis=0) for a in zip(*padded, strict=True)]
+        return self._joined[0], self._joined[1]
 
     def _attend_rows(
         self,
+        parts: Sequence[_Part],
+        joined: Sequence[Rows],
         queries: mx.array,
         keys: Any,
         values: Any,
+        *,
         mask: Any,
         **how: Any,
     ) -> mx.array:
         length = queries.shape[2]
-        as_given = keys is self._fetched[0] and values is self._fetched[1]
+        as_given = keys is joined[0] and values is joined[1]
         outputs = []
-        for i, (row, given) in enumerate(zip(self._rows, self._given, strict=True)):
-            start, stop = given.queries.start, given.queries.stop
+        for i, (row, part) in enumerate(zip(self._rows, parts, strict=True)):
+            start, stop = part.queries.start, part.queries.stop
             if start == stop:
                 shape = (1, queries.shape[1], length, values.shape[3])
                 outputs.append(mx.zeros(shape, queries.dtype))
                 continue
-            mine = (given.keys, given.values)
+            mine = (part.keys, part.values)
             if not as_given:
                 # A model that made other keys of them, latents for example.
-                columns = (slice(i, i + 1), slice(None), given.columns)
+                columns = (slice(i, i + 1), slice(None), part.columns)
                 mine = (keys[columns], values[columns])
             output = row.attend(
-                queries[i : i + 1, :, given.queries],
+                queries[i : i + 1, :, part.queries],
                 *mine,
-                mask=_mask_of_row(mask, i, given),
+                mask=_mask_of_row(mask, i, part),
                 **how,
             )
             outputs.append(around(output, start, length - stop))
-        self._given, self._fetched = [], []
         return mx.concatenate(outputs)
 
 
-def _kind(cache: PolicyKVCache) -> tuple[Any, ...]:
-    """What the rows of a batch have in common."""
-    return cache.rule, cache.prefill, cache.slots.storage
-
-
-def _mask_of_row(mask: Any, row: int, given: _Given) -> Any:
+def _mask_of_row(mask: Any, row: int, part: _Part) -> Any:
     if not isinstance(mask, mx.array):
         return mask
     mask = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
     if mask.shape[0] > 1:
         mask = mask[row : row + 1]
-    return mask[:, :, given.queries, given.columns]
+    return mask[:, :, part.queries, part.columns]

@@ -14,9 +14,9 @@ import numpy as np
 from .eviction import ScanResult, scan
 from .logits import masked_logits
 from .newest import BLOCK, plain_attention
-from .packed import Rows
+from .packed import Rows, gather, to_mlx
 from .policies import Rule
-from .slots import Slots, gather, to_mlx
+from .slots import Slots
 
 
 class BlockResult(NamedTuple):

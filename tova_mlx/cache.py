@@ -7,6 +7,8 @@ of rows of equal length.
 
 import copy
 import sys
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -14,10 +16,10 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.base import create_causal_mask
 
 from . import attention, trimming
-from .errors import CacheStateError, OptionError, UnsupportedModelError
+from .block import attend_again
+from .errors import CacheStateError
 from .evicting import (
     attend_and_keep,
-    check_values,
     evict,
     evict_by_weights,
     evict_oldest,
@@ -25,10 +27,18 @@ from .evicting import (
 from .eviction import window_mask
 from .journal import Journal
 from .newest import attend_newest, plain_attention
-from .packed import Rows, Storage, storage
+from .packed import Rows, Storage, storage, to_mlx
 from .policies import Granularity, Rule, settle
+from .refusals import (
+    attended_again,
+    check_options,
+    check_rows,
+    check_values,
+    unseen,
+    windowed,
+)
 from .sharing import Given
-from .slots import Slots, to_mlx
+from .slots import Slots
 from .state import pack, unpack
 
 JOURNAL = 16
@@ -76,21 +86,7 @@ class PolicyKVCache:
         self._configure(settle(policy, max_size, options), prefill, journal, kept)
 
     def _configure(self, rule: Rule, prefill: str, journal: int, kept: Storage) -> None:
-        if prefill not in ("stepwise", "once"):
-            raise OptionError(
-                f"{rule.policy}: prefill={prefill!r} is not known. "
-                "Use 'stepwise' or 'once'."
-            )
-        if prefill == "once" and not rule.reads_attention:
-            raise OptionError(
-                f"{rule.policy} does not read prefill='once': it cuts by attention. "
-                "Leave it out."
-            )
-        if isinstance(journal, bool) or not isinstance(journal, int) or journal < 0:
-            raise OptionError(
-                f"{rule.policy}: journal={journal!r} is not a whole number of tokens. "
-                "Use 0 or more."
-            )
+        check_options(rule, prefill, journal)
         attention.install()
         trimming.install()
         register()
@@ -126,6 +122,11 @@ class PolicyKVCache:
     def share(self) -> None:
         """Let other layers attend to what this one does, as of the next update."""
         self._given.start()
+
+    @property
+    def shares(self) -> bool:
+        """Whether other layers attend to what this one does."""
+        return self._given.shares
 
     @property
     def values(self) -> Rows | None:
@@ -179,12 +180,7 @@ class PolicyKVCache:
         evicts = limit is not None and self.offset + N > limit + 1
         if window_size is not None:
             if limit is not None and self.offset + N > limit:
-                raise UnsupportedModelError(
-                    f"{self.rule.policy}: a layer wants a sliding window of "
-                    f"{window_size} tokens, which a bounded cache of other tokens "
-                    f"cannot give. Use max_size={self.offset + N} or more, or leave "
-                    "this layer its own cache."
-                )
+                raise windowed(self.rule, window_size, self.offset + N)
             return create_causal_mask(N, self.offset, window_size=window_size)
         if N == 1:
             return None
@@ -202,8 +198,8 @@ class PolicyKVCache:
         module: who is going to attend; the caller's if not given.
         """
         if self._awaits is not None:
-            raise attention.unseen(self._awaits, self.rule.policy)
-        self._check_rows(keys)
+            raise unseen(self._awaits, self.rule.policy)
+        check_rows(self.rule, self.keys, keys)
         # Before anything is written: a second reference turns a write into a copy.
         self._given.forget()
         length = keys.shape[2]
@@ -241,7 +237,8 @@ class PolicyKVCache:
         how: dict[str, Any] = {"scale": scale, "mask": mask, "sinks": sinks}
         if rule.reads_attention:
             if self._awaits is None:
-                self._check_shared()
+                if self._given.rows is None:
+                    raise attended_again(rule)
                 return self._given.attend(queries, keys, values, **how)
             check_values(self._awaits, rule, slots.values, values)
             self._awaits = None
@@ -256,7 +253,7 @@ class PolicyKVCache:
                 result = attend_and_keep(
                     slots, queries, keys, values, cut_once=once, **how
                 )
-                self._given.note_blocks(result.blocks)
+                self._given.note_again(partial(attend_again, result.blocks))
                 return result.output
         return plain_attention(queries, keys, values, **how)
 
@@ -303,22 +300,17 @@ class PolicyKVCache:
         twin.storage, twin.journal = kept, Journal(self._slots.journal.length)
         if twin.keys is not None and twin.values is not None:
             twin.keys, twin.values = kept.pack(twin.keys, twin.values)
-        cache = self.of_slots(twin, self.prefill)
-        if self._given.shares:
-            cache.share()
-        return cache
+        return self.of_slots(twin, self.prefill, self.shares)
 
     @property
     def state(self) -> tuple[Any, ...]:
         """Arrays and scalars that `from_state` rebuilds the cache from."""
-        return pack(self._slots, prefill=self.prefill, shares=self._given.shares)
+        return pack(self._slots, prefill=self.prefill, shares=self.shares)
 
     @state.setter
     def state(self, state: tuple[Any, ...]) -> None:
         slots, how = unpack(state)
-        self._take(slots, how["prefill"])
-        if how["shares"]:
-            self.share()
+        self._take(slots, **how)
 
     @classmethod
     def from_state(cls, state: tuple[Any, ...]) -> "PolicyKVCache":
@@ -333,53 +325,26 @@ class PolicyKVCache:
         return self._slots
 
     @classmethod
-    def of_slots(cls, slots: Slots, prefill: str) -> "PolicyKVCache":
-        """A cache that holds these."""
+    def of_slots(cls, slots: Slots, prefill: str, shares: bool) -> "PolicyKVCache":
+        """A cache that holds these; `shares`: other layers attend to them too."""
         cache = cls.__new__(cls)
-        cache._take(slots, prefill)
+        cache._take(slots, prefill, shares)
         return cache
 
-    def _take(self, slots: Slots, prefill: str) -> None:
+    def _take(self, slots: Slots, prefill: str, shares: bool) -> None:
         self._configure(slots.rule, prefill, slots.journal.length, slots.storage)
         self._slots = slots
+        if shares:
+            self.share()
 
     # Batches
 
-    @property
-    def merge(self) -> Any:
-        """`BatchPolicyKVCache.merge`; absent where other layers share these keys.
-
-        mlx-lm's server takes its presence for the ability to serve several requests
-        at once.
-        """
-        if self._given.shares:
-            raise AttributeError(
-                f"{self.rule.policy}: keys shared among layers are not batched."
-            )
+    @staticmethod
+    def merge(caches: Sequence["PolicyKVCache"]) -> Any:
+        """A `BatchPolicyKVCache` of copies of these caches."""
         from .batch import BatchPolicyKVCache
 
-        return BatchPolicyKVCache.merge
-
-    # What cannot be right
-
-    def _check_shared(self) -> None:
-        if self._given.rows is None:
-            raise UnsupportedModelError(
-                "A layer attends a second time to one cache update, which "
-                f"{self.rule.policy} follows only in caches that `make_prompt_cache` "
-                "or `convert` made for a model that shares keys and values. Use them, "
-                "or policy window or streaming."
-            )
-
-    def _check_rows(self, keys: mx.array) -> None:
-        if self.keys is None:
-            return
-        held = self.keys
-        if (keys.shape[:2], keys.shape[3]) != (held.shape[:2], held.shape[3]):
-            raise CacheStateError(
-                f"{self.rule.policy}: keys {list(keys.shape)} do not fit a cache of "
-                f"{list(held.shape)}. Use a new cache for another model or batch."
-            )
+        return BatchPolicyKVCache.merge(caches)
 
 
 class TOVACache(PolicyKVCache):

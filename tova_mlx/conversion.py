@@ -17,6 +17,7 @@ from .cache import JOURNAL, PolicyKVCache, TOVACache
 from .errors import TovaError, UnsupportedModelError
 from .layers import leaves
 from .policies import Rule, settle
+from .refusals import unseen
 from .report import Report, describe, trace
 
 # Model files that no bounded cache can be right with, and why.
@@ -205,4 +206,4 @@ def _check_model(model: nn.Module, rule: Rule, caches: list[Any]) -> None:
     if not rule.reads_attention:
         return
     if not any(attention.is_seen(n) for n in names if n in sys.modules):
-        raise attention.unseen(type(model).__module__, rule.policy)
+        raise unseen(type(model).__module__, rule.policy)

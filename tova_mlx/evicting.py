@@ -10,12 +10,10 @@ import mlx.core as mx
 import numpy as np
 
 from .block import BlockResult, attend_block
-from .errors import UnsupportedModelError
 from .eviction import choose_victim, update_scores, window_columns
 from .journal import Scores
-from .packed import Rows
-from .policies import Rule
-from .slots import Slots, to_mlx
+from .packed import Rows, to_mlx
+from .slots import Slots
 from .stack import Stack
 
 
@@ -23,25 +21,6 @@ def evict(slots: Slots | Stack, scores: mx.array | None = None) -> None:
     """Mark the slot that the next token takes; without scores the oldest leaves."""
     assert slots.positions is not None
     slots.victim = choose_victim(slots.positions, scores, slots.newest, slots.rule)
-
-
-def check_values(module: str, rule: Rule, stored: Rows | None, values: Rows) -> None:
-    """Head by head, and by value, only if the stored heads are the attended."""
-    if stored is None or not (rule.per_head or rule.value_weighted):
-        return
-    if (stored.shape[1], stored.shape[3]) == (values.shape[1], values.shape[3]):
-        return
-    if rule.value_weighted:
-        raise UnsupportedModelError(
-            f"{module} attends to other values than it stores (latents, or repeated "
-            f"heads), so {rule.policy} cannot weigh them. Use value_weighted=False, or "
-            "policy tova."
-        )
-    if stored.shape[1] > 1:
-        raise UnsupportedModelError(
-            f"{module} repeats its KV heads in an order of its own, so {rule.policy} "
-            "cannot choose per head. Use granularity='layer'."
-        )
 
 
 def evict_oldest(slots: Slots) -> None:

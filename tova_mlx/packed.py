@@ -67,6 +67,38 @@ def around(rows: Any, before: int, after: int) -> Any:
     return each(pad, rows)
 
 
+def to_mlx(array: Any) -> mx.array:
+    """NumPy to MLX; MLX's annotations do not name NumPy's arrays."""
+    return mx.array(array)
+
+
+def gather(rows: Any, columns: Any) -> Any:
+    """Take columns [B, H', m] of rows [B, H, S(, D)]; H' is 1 or H."""
+    if not isinstance(columns, mx.array):
+        columns = to_mlx(columns)
+    return each(lambda array: _gather(array, columns), rows)
+
+
+def _gather(array: mx.array, columns: mx.array) -> mx.array:
+    if columns.shape[0] == columns.shape[1] == 1:
+        taken = mx.take(array, columns.reshape(-1), axis=2)
+        # `take` gives a transposed layout, which every later product would copy.
+        return mx.contiguous(taken)
+    index = columns.reshape(*columns.shape, *[1] * (array.ndim - 3))
+    shape = (*array.shape[:2], columns.shape[2], *array.shape[3:])
+    return mx.take_along_axis(array, mx.broadcast_to(index, shape), axis=2)
+
+
+def put(rows: Any, new: Any, slot: mx.array) -> Any:
+    """Write new rows [B, H, 1(, D)] into slots [B, H', 1] of rows [B, H, S(, D)]."""
+    return each(lambda array, row: _put(array, row, slot), rows, new)
+
+
+def _put(array: mx.array, rows: mx.array, slot: mx.array) -> mx.array:
+    slot = slot.reshape(*slot.shape, *[1] * (rows.ndim - 3))
+    return mx.put_along_axis(array, mx.broadcast_to(slot, rows.shape), rows, axis=2)
+
+
 def nbytes(rows: Rows | None) -> int:
     return sum(a.nbytes for a in arrays(rows))
 

@@ -4,12 +4,12 @@ Only the owner evicts. The others, which come later in the same pass, see what t
 saw: the arrays that its update gave, and who was alive for each row.
 """
 
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
 
 import mlx.core as mx
 
-from .block import Block, attend_again
 from .newest import plain_attention
 from .packed import Rows
 
@@ -20,7 +20,8 @@ class Given:
     def __init__(self) -> None:
         self.shares = False
         self.rows: tuple[Rows, Rows] | None = None
-        self.blocks: list[Block] | None = None
+        # How others attend to them, if a mask does not say it.
+        self._again: Callable[..., mx.array] = plain_attention
 
     def start(self) -> None:
         self.shares = True
@@ -31,20 +32,19 @@ class Given:
             self.rows = rows
         return rows
 
-    def note_blocks(self, blocks: list[Block]) -> None:
+    def note_again(self, again: Callable[..., mx.array]) -> None:
+        """With what others attend, `attend`'s arguments in, its output out."""
         if self.shares:
-            self.blocks = blocks
+            self._again = again
 
     def attend(
         self, queries: mx.array, keys: Rows, values: Rows, **how: Any
     ) -> mx.array:
         """Attention of another layer; `how`: scale, mask and sinks. Evicts nothing."""
-        if self.blocks is not None:
-            return attend_again(self.blocks, queries, keys, values, **how)
-        return plain_attention(queries, keys, values, **how)
+        return self._again(queries, keys, values, **how)
 
     def forget(self) -> None:
-        self.rows = self.blocks = None
+        self.rows, self._again = None, plain_attention
 
     def __deepcopy__(self, memo: Any) -> "Given":
         # Not the arrays: a copy has given nothing yet.

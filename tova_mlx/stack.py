@@ -10,8 +10,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from .packed import Rows, around, arrays, each, join, nbytes
-from .slots import Slots, allocation, held, l2_norms, numbered, put
+from .packed import Rows, around, arrays, each, join, nbytes, put
+from .slots import Slots, allocation, held, l2_norms, numbered
 
 # Those with slots in axis 2, by the names that `Slots` has for them.
 _ARRAYS = ("keys", "values", "positions", "scores", "norms")

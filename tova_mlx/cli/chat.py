@@ -10,7 +10,7 @@ from ..errors import TovaError
 from .options import (
     cache_arguments,
     cache_options,
-    given,
+    check,
     model_option,
     sampling_options,
 )
@@ -41,9 +41,7 @@ def chat(**options: Any) -> None:
 
     Example: tova-mlx chat --max-kv-size 1024 --policy fade
     """
-    from ..policies import settle
-
-    settle(options["policy"], options["max_kv_size"], given(options))
+    check(options)
     from .models import load
 
     model, tokenizer, path = load(options["model"])

@@ -11,7 +11,7 @@ from ..errors import PromptError
 from .options import (
     cache_arguments,
     cache_options,
-    given,
+    check,
     model_option,
     sampling_options,
 )
@@ -35,9 +35,7 @@ def generate(
     Example: tova-mlx generate "Why is the sky blue?" --max-kv-size 256
     """
     text = _read(prompt, prompt_file)
-    from ..policies import settle
-
-    settle(options["policy"], options["max_kv_size"], given(options))
+    check(options)
     from .models import load
 
     model, tokenizer, path = load(options["model"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .options import cache_arguments, cache_options, given, model_option
+from .options import cache_arguments, cache_options, check, model_option
 
 LENGTHS = (8_192, 32_768, 131_072)
 
@@ -20,9 +20,7 @@ def info(as_json: bool, **options: Any) -> None:
 
     Example: tova-mlx info --max-kv-size 1024 --policy fade
     """
-    from ..policies import settle
-
-    settle(options["policy"], options["max_kv_size"], given(options))
+    check(options)
     from .models import load
 
     model, _, path = load(options["model"])

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import click
 
-from ..policies import ATTENTION_OPTIONS, POLICIES
+from ..policies import ATTENTION_OPTIONS, POLICIES, settle
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -151,6 +151,11 @@ def sampling_options(command: F) -> F:
 def given(options: dict[str, Any]) -> dict[str, Any]:
     """The policy's options that were given on the command line."""
     return {k: options[k] for k in ATTENTION_OPTIONS if options[k] is not None}
+
+
+def check(options: dict[str, Any]) -> None:
+    """Refuse what no model could do, before one is loaded. Raises OptionError."""
+    settle(options["policy"], options["max_kv_size"], given(options))
 
 
 def cache_arguments(options: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from .options import cache_options, given
+from .options import cache_options, check
 from .tools import TOOLS, run_tool
 
 
@@ -26,7 +26,5 @@ def run(tool: str, arguments: tuple[str, ...], **options: Any) -> None:
 
     Example: tova-mlx run --max-kv-size 512 generate --model demo --prompt "Why?"
     """
-    from ..policies import settle
-
-    settle(options["policy"], options["max_kv_size"], given(options))
+    check(options)
     run_tool(tool, arguments, options)

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import click
 
 from .models import directory
-from .options import cache_options, given, model_option
+from .options import cache_options, check, model_option
 from .tools import run_tool
 
 
@@ -30,9 +30,7 @@ def serve(arguments: tuple[str, ...], **options: Any) -> None:
 
     Example: tova-mlx serve --max-kv-size 1024 --port 8080
     """
-    from ..policies import settle
-
-    settle(options["policy"], options["max_kv_size"], given(options))
+    check(options)
     path = directory(options["model"])
     from huggingface_hub.constants import HF_HUB_CACHE
     from mlx_lm import server
