@@ -28,16 +28,20 @@ COMMANDS = [
 ]
 
 
-def test_the_quality_table_is_that_of_the_results():
+@pytest.mark.parametrize("name", ["quality", "packed"])
+def test_the_quality_tables_are_those_of_the_results(name):
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "quality_table.py")],
         capture_output=True,
         text=True,
         check=True,
     )
-    block = README.split("<!-- quality -->")[1].split("<!-- /quality -->")[0]
-    assert block.strip() == done.stdout.strip()
-    assert "fade" in block
+    blocks = [
+        text.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0]
+        for text in (README, done.stdout)
+    ]
+    assert blocks[0].strip() == blocks[1].strip()
+    assert "fade" in blocks[0]
 
 
 @pytest.fixture
