@@ -27,7 +27,7 @@ import numpy as np  # noqa: E402
 from mlx_lm import load  # noqa: E402
 
 import tova_mlx.block  # noqa: E402
-import tova_mlx.evicting  # noqa: E402
+import tova_mlx.eviction.step  # noqa: E402
 from tova_mlx import POLICIES, make_prompt_cache  # noqa: E402
 from tova_mlx.demo import demo_model_path  # noqa: E402
 
@@ -39,16 +39,17 @@ class Evictions:
 
     def __init__(self):
         self.victims, self.gaps = [], []
-        self._choose, self._scan = tova_mlx.evicting.choose_victim, tova_mlx.block.scan
+        self._choose = tova_mlx.eviction.step.choose_victim
+        self._scan = tova_mlx.block.scan_block
 
     def __enter__(self):
-        tova_mlx.evicting.choose_victim = self._chosen
-        tova_mlx.block.scan = self._scanned
+        tova_mlx.eviction.step.choose_victim = self._chosen
+        tova_mlx.block.scan_block = self._scanned
         return self
 
     def __exit__(self, *_):
-        tova_mlx.evicting.choose_victim = self._choose
-        tova_mlx.block.scan = self._scan
+        tova_mlx.eviction.step.choose_victim = self._choose
+        tova_mlx.block.scan_block = self._scan
 
     def _chosen(self, positions, scores, newest, rule):
         victim = self._choose(positions, scores, newest, rule)
@@ -61,7 +62,10 @@ class Evictions:
 
     def _scanned(self, logits, positions, *args, **options):
         result = self._scan(logits, positions, *args, **options)
-        self.victims.append(np.take_along_axis(positions, result.gone, axis=1))
+        last = np.array(result.last)
+        n_gone = int((last[0] < logits.shape[2]).sum())
+        gone = np.argsort(last, axis=1)[:, :n_gone]
+        self.victims.append(np.take_along_axis(np.array(positions), gone, axis=1))
         return result
 
     def by_layer(self, n_layers):

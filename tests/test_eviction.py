@@ -2,7 +2,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from tova_mlx.eviction import choose_victim, scan, update_scores
+from tova_mlx.eviction import choose_victim, cut_once, scan_block, update_scores
 from tova_mlx.policies import settle
 
 
@@ -56,11 +56,23 @@ def test_a_row_that_is_not_a_number_does_not_poison_the_memory():
     assert np.allclose(np.array(scores), [[[1.0, 2.0]]])
 
 
-def run_scan(logits, n_held, rule, limit, **options):
+def run_scan(logits, rule, limit, **options):
+    """`last` [N] and the scores [N] of a block of one row of the batch."""
     columns = logits.shape[-1]
-    positions = np.arange(columns, dtype=np.int32)[None]
-    scores = np.zeros((1, columns), np.float32)
-    return scan(logits, positions, scores, None, rule, limit=limit, **options)
+    positions = mx.arange(columns)[None]
+    once = options.pop("once", False)
+    result = scan_block(
+        mx.array(logits),
+        positions,
+        mx.zeros((1, columns)),
+        None,
+        rule,
+        limit=None if once else limit,
+        **options,
+    )
+    if once:
+        result = cut_once(result, positions, rule)
+    return result.last[0].tolist(), np.array(result.scores[0])
 
 
 def block(rows, n_held):
@@ -76,45 +88,47 @@ def block(rows, n_held):
 def test_hand_worked_scan():
     # Row 0 sees 0 1 2, drops 1. Row 1 sees 0 2 3: the dead column's .7 does not count.
     logits = block([[0.5, 0.1, 0.4, 0.0], [0.1, 0.7, 0.15, 0.05]], n_held=2)
-    result = run_scan(logits, 2, settle("tova", 2, {}), 2)
-    assert result.alive[0].tolist() == [
-        [True, True, True, False],
-        [True, False, True, True],
-    ]
-    assert result.survivors.tolist() == [[0, 2]]
+    last, _ = run_scan(logits, settle("tova", 2, {}), 2)
+    assert last == [2, 0, 2, 1]
 
 
 def test_scan_breaks_planted_ties_to_the_oldest():
     logits = block([[0.25] * 4, [0.25] * 4], n_held=2)
-    result = run_scan(logits, 2, settle("tova", 2, {}), 2)
-    assert result.survivors.tolist() == [[2, 3]]
+    assert run_scan(logits, settle("tova", 2, {}), 2)[0] == [0, 1, 2, 2]
 
 
 def test_a_dead_column_that_dwarfs_the_living_changes_nothing():
     # exp(-200) vanishes in float32: the living must be weighed without the dead.
     logits = block([[0.5, 0.1, 0.4, 0.0], [0.1, 0.1, 0.5, 0.4]], n_held=2)
     logits[0, 0, 1, 1] = 200.0
-    result = run_scan(logits, 2, settle("tova", 2, {}), 2)
-    assert result.survivors.tolist() == [[2, 3]]
+    assert run_scan(logits, settle("tova", 2, {}), 2)[0] == [1, 0, 2, 2]
 
 
 def test_broken_rows_still_evict_one_token_each():
     logits = np.full((1, 2, 4, 7), np.nan, np.float32)
-    result = run_scan(logits, 3, settle("h2o", 3, {"granularity": "layer"}), 3)
-    assert result.survivors.shape == (1, 3)
-    assert np.isfinite(result.scores).all()
+    rule = settle("h2o", 3, {"granularity": "layer"})
+    last, scores = run_scan(logits, rule, 3)
+    assert sorted(last) == [0, 1, 2, 3, 4, 4, 4]
+    assert np.isfinite(scores).all()
 
 
 def test_cutting_once_looks_at_everything_and_ranks_by_the_last_row():
     logits = block([[0.1, 0.2, 0.7, 0.0], [0.3, 0.1, 0.2, 0.4]], n_held=2)
-    result = run_scan(logits, 2, settle("tova", 2, {}), 2, cut_once=True)
-    assert result.alive[0].sum(axis=1).tolist() == [3, 4]
-    assert result.survivors.tolist() == [[0, 3]]
+    last, _ = run_scan(logits, settle("tova", 2, {}), 2, once=True)
+    assert last == [2, 1, 1, 2]
 
 
 def test_learned_sinks_take_their_share_of_the_denominator():
     # With a sink as large as the two weights together, each share is halved.
     logits = block([[0.5, 0.5]], n_held=1)
     rule = settle("h2o", 4, {"granularity": "layer"})
-    result = run_scan(logits, 1, rule, 4, sinks=np.zeros(1, np.float32))
-    assert np.allclose(result.scores, [[0.25, 0.25]])
+    _, scores = run_scan(logits, rule, 4, sinks=mx.zeros(1))
+    assert np.allclose(scores, [0.25, 0.25])
+
+
+def test_scores_before_the_last_rows_are_there_for_the_journal():
+    logits = block([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]], n_held=1)
+    rule = settle("h2o", 8, {"granularity": "layer"})
+    arguments = (mx.array(logits), mx.arange(3)[None], mx.zeros((1, 3)), None, rule)
+    before = scan_block(*arguments, limit=8, n_before=2).before
+    assert np.allclose(np.array(before), [[[0, 0, 0], [0.5, 0.5, 0]]])

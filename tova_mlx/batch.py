@@ -17,7 +17,7 @@ import numpy as np
 
 from .cache import PolicyKVCache
 from .errors import CacheStateError
-from .evicting import evict, evict_by_weights
+from .evicting import attend_and_evict, evict_unseen
 from .layers import total
 from .newest import attend_newest
 from .packed import Rows, Storage, around, join, to_mlx
@@ -210,7 +210,7 @@ class BatchPolicyKVCache:
             self._rows = []
         given = self._stack.append(keys, values)
         if self._stack.evicted and not self.rule.reads_attention:
-            evict(self._stack)
+            evict_unseen(self._stack)
         return self._given.note(given)
 
     def attend(
@@ -236,10 +236,9 @@ class BatchPolicyKVCache:
             self._parts, self._joined = [], []
             return attend(queries, keys, values, **how)
         check_values(module, self.rule, self._stack.values, values)
-        output, weights = attend_newest(queries, keys, values, **how)
         if self.rule.reads_attention:
-            output = evict_by_weights(self._stack, output, weights)
-        return output
+            return attend_and_evict(self._stack, queries, keys, values, **how)
+        return attend_newest(queries, keys, values, **how)[0]
 
     def keys_and_values(self) -> tuple[Rows, Rows]:
         """What the last update gave, for a layer that shares it."""

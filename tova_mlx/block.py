@@ -2,21 +2,20 @@
 
 One matmul for the logits, the scan for who was alive, one masked attention for the
 outputs. Long chunks are cut into blocks and the dead columns dropped between them, so
-that logits stay small and attention costs rows x (max_size + block).
+that logits stay small and attention costs rows x (max_size + block). How many are
+alive is known beforehand, so nothing here waits for the device.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import numpy as np
 
-from .eviction import ScanResult, scan
+from .eviction import cut_once, scan_block
 from .logits import masked_logits
 from .newest import BLOCK, plain_attention
-from .packed import Rows, gather, to_mlx
+from .packed import Rows, gather
 from .policies import Rule
-from .slots import Slots
+from .slots import Slots, held, numbered
 
 
 class BlockResult(NamedTuple):
@@ -28,10 +27,10 @@ class BlockResult(NamedTuple):
     """
 
     output: mx.array
-    survivors: np.ndarray[Any, Any]
-    scores: np.ndarray[Any, Any]
-    gone: np.ndarray[Any, Any]
-    before: list[np.ndarray[Any, Any]]
+    survivors: mx.array
+    scores: mx.array
+    gone: mx.array
+    before: list[mx.array]
     blocks: list["Block"]
 
 
@@ -44,7 +43,7 @@ class Block(NamedTuple):
 
     start: int
     stop: int
-    columns: np.ndarray[Any, Any]
+    columns: mx.array
     is_first: bool
     alive: mx.array | None = None
 
@@ -57,11 +56,11 @@ def attend_block(
     scale: float,
     mask: mx.array | str | None,
     sinks: mx.array | None,
-    positions: np.ndarray[Any, Any],
-    scores: np.ndarray[Any, Any] | None,
-    norms: np.ndarray[Any, Any] | None,
+    positions: mx.array,
+    scores: mx.array | None,
+    norms: mx.array | None,
     rule: Rule,
-    cut_once: bool,
+    once: bool,
     n_before: int,
 ) -> BlockResult:
     """Outputs and survivors of L rows over the columns held plus their own.
@@ -72,56 +71,59 @@ def attend_block(
     is no array; n_before: for how many of the last rows `gone` and `before` are wanted.
     """
     batch, n_heads, length, _ = queries.shape
-    n_columns = keys.shape[2]
     choosers = positions.shape[1]
-    held = n_columns - length
-    living = np.broadcast_to(np.arange(held, dtype=np.int32), (batch, choosers, held))
-    living_scores = np.zeros((batch, choosers, held), np.float32)
-    if scores is not None:
-        living_scores = scores
-    learned = None if sinks is None else np.array(sinks.astype(mx.float32))
+    n_held = keys.shape[2] - length
+    living = numbered(batch, choosers, 0, n_held)
+    living_scores = mx.zeros(living.shape) if scores is None else scores
     outputs, gone, before, blocks = [], [], [], []
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
-        own = np.arange(held + start, held + stop, dtype=np.int32)
-        own = np.broadcast_to(own, (batch, choosers, stop - start))
-        columns = np.concatenate([living, own], axis=2)
-        m = columns.shape[2]
-        block = Block(start, stop, columns, m == held + stop)
-        rows = queries[:, :, start:stop]
+        n_rows, n_living = stop - start, living.shape[2]
+        own = numbered(batch, choosers, n_held + start, n_rows)
+        columns = mx.concatenate([living, own], axis=2)
+        m = n_living + n_rows
+        block = Block(start, stop, columns, m == n_held + stop)
         seen = _cut(block, keys, values, mask, n_heads)
-        logits = masked_logits(rows, seen[0], scale, seen[2])
-        logits = mx.where(_causal(stop - start, m), logits, -mx.inf)
         flat = (batch * choosers, m)
-        result = scan(
-            np.array(logits, copy=False),
-            np.take_along_axis(positions, columns, axis=2).reshape(flat),
-            np.pad(living_scores, [(0, 0), (0, 0), (0, stop - start)]).reshape(flat),
-            None if norms is None else _take(norms, columns),
+        places = mx.take_along_axis(positions, columns, axis=2).reshape(flat)
+        noted = min(n_rows, max(0, n_before - (length - stop))) if rule.memory else 0
+        result = scan_block(
+            masked_logits(queries[:, :, start:stop], seen[0], scale, seen[2]),
+            places,
+            mx.pad(living_scores, [(0, 0), (0, 0), (0, n_rows)]).reshape(flat),
+            None if norms is None else gather(norms, columns),
             rule,
-            limit=None if cut_once and stop < length else rule.max_size,
-            cut_once=cut_once,
-            sinks=learned,
+            limit=None if once else rule.max_size,
+            n_before=noted,
+            sinks=sinks,
         )
-        kept = result.survivors.reshape(batch, choosers, -1)
-        living = np.take_along_axis(columns, kept, axis=2)
-        living_scores = result.scores.reshape(kept.shape)
-        if n_before:
-            left = result.gone.reshape(batch, choosers, -1)
-            gone.append(np.take_along_axis(columns, left, axis=2))
-        if rule.memory and n_before:
-            before += [
-                b.reshape(batch, choosers, -1) for b in _before(result, n_before)
-            ]
-        alive = to_mlx(result.alive.reshape(batch, choosers, stop - start, m))
+        if once and stop == length:
+            result = cut_once(result, places, rule)
+        last = result.last.reshape(batch, choosers, m)
+        kept = held(m, rule.max_size) if stop == length or not once else m
+        order = _first_of(last == n_rows, kept)
+        living = _take(columns, order)
+        living_scores = _take(result.scores.reshape(last.shape), order)
+        if n_before and kept < m:
+            left = mx.argsort(last, axis=-1)[..., : m - kept]
+            gone.append(_take(columns, left))
+        for i in range(noted):
+            row = n_rows - noted + i
+            n = held(n_living + row, rule.max_size)
+            assert result.before is not None
+            scores_before = result.before[:, i].reshape(last.shape)
+            order = _first_of(_alive(last, n_living, row - 1, row), n)
+            before.append(_take(scores_before, order))
+        steps = mx.arange(n_rows)[:, None]
+        alive = _alive(last[:, :, None], n_living, steps, steps)
         blocks.append(block._replace(alive=alive))
         outputs.append(_attend(queries, *seen, blocks[-1], scale, sinks))
     return BlockResult(
         _joined(outputs),
         living,
         living_scores,
-        np.concatenate(gone, axis=2) if gone else living[..., :0],
-        before[-n_before:] if n_before else [],
+        mx.concatenate(gone, axis=2) if gone else living[..., :0],
+        before,
         blocks,
     )
 
@@ -172,18 +174,22 @@ def _attend(
     )
 
 
-def _before(result: ScanResult, n_rows: int) -> Iterator[np.ndarray[Any, Any]]:
-    """The scores [R, n] of the columns alive before each of the last rows."""
-    rows, length, columns = result.alive.shape
-    for i in range(max(0, length - n_rows), length):
-        # Not yet alive: the row's own column and those after it.
-        living = result.alive[:, i, : columns - length + i]
-        held = np.nonzero(living)[1].reshape(rows, -1)
-        yield np.take_along_axis(result.before[i], held, axis=1)
+def _take(array: mx.array, order: mx.array) -> mx.array:
+    return mx.take_along_axis(array, order, axis=2)
 
 
-def _causal(length: int, columns: int) -> mx.array:
-    return mx.arange(columns - length, columns)[:, None] >= mx.arange(columns)
+def _first_of(wanted: mx.array, n: int) -> mx.array:
+    """The columns wanted [..., m], of which there are n, in ascending order."""
+    m = wanted.shape[-1]
+    numbers = mx.arange(m)
+    if n == m:
+        return mx.broadcast_to(numbers, wanted.shape)
+    return mx.argsort(mx.where(wanted, numbers, numbers + m), axis=-1)[..., :n]
+
+
+def _alive(last: mx.array, n_living: int, come: Any, row: Any) -> mx.array:
+    """Who was alive at `row` among those up to the own column of the row `come`."""
+    return (mx.arange(last.shape[-1]) <= n_living + come) & (last >= row)
 
 
 def _cut(
@@ -206,7 +212,7 @@ def _cut(
     mask = mask[:, :, block.start : block.stop]
     if block.is_first:
         return keys, values, mask[..., :m]
-    index = to_mlx(np.repeat(columns, n_heads // choosers, axis=1))[:, :, None]
+    index = mx.repeat(columns, n_heads // choosers, axis=1)[:, :, None]
     length, n_columns = mask.shape[2:]
     mask = mx.broadcast_to(mask, (batch, n_heads, length, n_columns))
     index = mx.broadcast_to(index, (batch, n_heads, length, m))
@@ -219,8 +225,3 @@ def _merge(alive: mx.array, mask: mx.array | None, dtype: mx.Dtype) -> mx.array:
     if mask.dtype == mx.bool_:
         return alive & mask
     return mx.where(alive, mask.astype(dtype), mx.array(-mx.inf, dtype))
-
-
-def _take(norms: np.ndarray[Any, Any], columns: np.ndarray[Any, Any]) -> Any:
-    shape = (*norms.shape[:2], columns.shape[2])
-    return np.take_along_axis(norms, np.broadcast_to(columns, shape), axis=2)

@@ -18,12 +18,7 @@ from mlx_lm.models.base import create_causal_mask
 from . import attention, trimming
 from .block import attend_again
 from .errors import CacheStateError
-from .evicting import (
-    attend_and_keep,
-    evict,
-    evict_by_weights,
-    evict_oldest,
-)
+from .evicting import attend_and_evict, attend_and_keep, evict_oldest, evict_unseen
 from .eviction import window_mask
 from .journal import Journal
 from .newest import attend_newest, plain_attention
@@ -211,7 +206,7 @@ class PolicyKVCache:
         if length == 1 or (fits and not self.rule.memory):
             rows = self._slots.append(keys, values)
             if self._slots.evicted and not self.rule.reads_attention:
-                evict(self._slots)
+                evict_unseen(self._slots)
             return self._given.note(rows)
         rows = self._slots.extend(keys, values)
         if not self.rule.reads_attention:
@@ -244,15 +239,12 @@ class PolicyKVCache:
             self._awaits = None
         if rule.memory or slots.evicted:
             if queries.shape[2] == 1:
-                output, weights = attend_newest(queries, keys, values, **how)
                 if rule.reads_attention:
-                    output = evict_by_weights(slots, output, weights)
-                return output
+                    return attend_and_evict(slots, queries, keys, values, **how)
+                return attend_newest(queries, keys, values, **how)[0]
             if rule.reads_attention:
                 once = self.prefill == "once"
-                result = attend_and_keep(
-                    slots, queries, keys, values, cut_once=once, **how
-                )
+                result = attend_and_keep(slots, queries, keys, values, once=once, **how)
                 self._given.note_again(partial(attend_again, result.blocks))
                 return result.output
         return plain_attention(queries, keys, values, **how)

@@ -10,17 +10,25 @@ import mlx.core as mx
 import numpy as np
 
 from .block import BlockResult, attend_block
-from .eviction import choose_victim, update_scores, window_columns
+from .eviction import (
+    choose_victim,
+    kernels_wanted,
+    step_on_cpu,
+    step_on_gpu,
+    window_columns,
+)
 from .journal import Scores
+from .logits import newest_logits
+from .newest import attend_newest, plain_attention
 from .packed import Rows, to_mlx
-from .slots import Slots
+from .slots import Slots, numbered
 from .stack import Stack
 
 
-def evict(slots: Slots | Stack, scores: mx.array | None = None) -> None:
-    """Mark the slot that the next token takes; without scores the oldest leaves."""
+def evict_unseen(slots: Slots | Stack) -> None:
+    """Mark the oldest that may leave: its slot is the next token's."""
     assert slots.positions is not None
-    slots.victim = choose_victim(slots.positions, scores, slots.newest, slots.rule)
+    slots.victim = choose_victim(slots.positions, None, slots.newest, slots.rule)
 
 
 def evict_oldest(slots: Slots) -> None:
@@ -29,23 +37,48 @@ def evict_oldest(slots: Slots) -> None:
     batch, n = slots.keys.shape[0], slots.keys.shape[2]
     kept = window_columns(slots.rule, n)
     gone = np.setdiff1d(np.arange(n), kept)
-    slots.note_gone(np.broadcast_to(gone, (batch, 1, len(gone))))
-    slots.keep(np.broadcast_to(kept, (batch, 1, len(kept))))
+    slots.note_gone(to_mlx(np.broadcast_to(gone, (batch, 1, len(gone)))))
+    slots.keep(to_mlx(np.broadcast_to(kept, (batch, 1, len(kept)))))
 
 
-def evict_by_weights(
-    slots: Slots | Stack, output: mx.array, weights: mx.array
+def attend_and_evict(
+    slots: Slots | Stack, queries: mx.array, keys: Rows, values: Rows, **how: Any
 ) -> mx.array:
-    """The output, once the newest query's weights have chosen who leaves."""
-    n = weights.shape[3]
+    """The attention of one new row a row of the batch; marks who leaves after it."""
+    n = keys.shape[2]
     norms, old = Slots.first(slots.norms, n), Slots.first(slots.scores, n)
-    scores = update_scores(weights, norms, old, slots.rule)
+    if kernels_wanted():
+        # Two passes over the keys: the fused attention gives no weights. The slots go
+        # whole into both, the kernel has their logits only, and nothing holds on to
+        # them: a view that a kernel makes contiguous, or a second reference when the
+        # next row is written, would be a copy of the cache.
+        output = plain_attention(queries, keys, values, **how)
+        logits = newest_logits(queries, keys, how["scale"], how["mask"])
+        positions = slots.positions
+        if positions is None:
+            batch, choosers = keys.shape[0], keys.shape[1] if slots.rule.per_head else 1
+            positions = numbered(batch, choosers, 0, n)
+        scores, victim = step_on_gpu(
+            logits,
+            Slots.first(positions, n),
+            old,
+            norms,
+            slots.newest,
+            slots.rule,
+            evicts=slots.evicted,
+            sinks=how["sinks"],
+        )
+    else:
+        output, weights = attend_newest(queries, keys, values, **how)
+        there = slots.positions if slots.evicted else None
+        scores, victim = step_on_cpu(
+            weights, there, old, norms, slots.newest, slots.rule
+        )
     slots.remember(scores)
-    if slots.evicted:
-        evict(slots, scores)
+    slots.victim = victim
     # Evaluated with the output, or every step's weights would stay alive until
     # something reads the scores.
-    tied = [a for a in (slots.victim, slots.scores) if a is not None]
+    tied = [a for a in (victim, slots.scores) if a is not None]
     return mx.depends([output], tied)[0]
 
 
@@ -55,30 +88,31 @@ def attend_and_keep(
     keys: Rows,
     values: Rows,
     *,
-    cut_once: bool,
+    once: bool,
     **how: Any,
 ) -> BlockResult:
     """The attention of a block that `extend` put in, its survivors kept."""
     journal = slots.journal
+    assert slots.positions is not None
     result = attend_block(
         queries,
         keys,
         values,
-        positions=np.array(slots.positions),
-        scores=None if slots.scores is None else np.array(slots.scores),
-        norms=None if slots.norms is None else np.array(slots.norms),
+        positions=slots.positions,
+        scores=slots.scores,
+        norms=slots.norms,
         rule=slots.rule,
-        cut_once=cut_once,
+        once=once,
         n_before=journal.length,
         **how,
     )
-    if cut_once and slots.evicted:
+    if once and slots.evicted:
         journal.clear()
     else:
         slots.note_gone(result.gone)
     slots.keep(result.survivors)
-    slots.remember(to_mlx(result.scores))
+    slots.remember(result.scores)
     first = slots.offset - len(result.before)
     for step, scores in enumerate(result.before, first):
-        journal.scores.append(Scores(step, to_mlx(scores)))
+        journal.scores.append(Scores(step, scores))
     return result

@@ -9,7 +9,6 @@ who leaves is decided elsewhere. Shapes: rows [B, n_kv_heads, slots, head_dim]; 
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from .journal import Gone, Journal, Scores
 from .packed import Rows, Storage, arrays, each, gather, join, nbytes, put
@@ -177,11 +176,11 @@ class Slots:
         self.offset += length
         return keys, values
 
-    def keep(self, columns: np.ndarray[Any, Any]) -> None:
+    def keep(self, columns: mx.array) -> None:
         """Move the surviving columns [B, H', size()] into the first slots."""
         spare = allocation(self.size() + 1, self.rule.max_size) - self.size()
         # The free slots' contents are never read; any column will do.
-        padded = np.pad(columns, [(0, 0), (0, 0), (0, spare)])
+        padded = mx.pad(columns, [(0, 0), (0, 0), (0, spare)])
         assert self.keys is not None
         assert self.values is not None
         assert self.positions is not None
@@ -193,7 +192,7 @@ class Slots:
             self.norms = gather(self.norms, padded)
         self.positions = gather(self.positions, padded) if self.evicted else None
 
-    def note_gone(self, columns: np.ndarray[Any, Any]) -> None:
+    def note_gone(self, columns: mx.array) -> None:
         """Into the journal with the columns [B, H', n] that leave, in order of step.
 
         Before `keep`; the last of them leaves at the newest token's step.
@@ -267,7 +266,7 @@ class Slots:
         positions = gather(self.positions, columns)
         norms = None if self.norms is None else gather(self.norms, columns)
         for i in range(n):
-            row = np.s_[:, :, i : i + 1]
+            row = (slice(None), slice(None), slice(i, i + 1))
             self.journal.gone.append(
                 Gone(
                     self.offset - n + i,
@@ -296,7 +295,7 @@ class Slots:
             before = Scores(self.offset, self.scores, self.positions, self.victim)
         self.journal.scores.append(before)
 
-    def _bring_back(self, to: int) -> np.ndarray[Any, Any]:
+    def _bring_back(self, to: int) -> mx.array:
         """Add the journal's rows; all columns [B, H', n], those before `to` first."""
         assert self.keys is not None
         back = [g for g in self.journal.gone if g.step >= to]
@@ -311,7 +310,7 @@ class Slots:
         positions = self.positions = joined("positions")
         if self.norms is not None:
             self.norms = joined("norms")
-        return np.array(mx.argsort(mx.where(positions < to, positions, _LAST), axis=-1))
+        return mx.argsort(mx.where(positions < to, positions, _LAST), axis=-1)
 
     def _numbered(self, keys: Any, start: int, n: int) -> mx.array:
         return numbered(keys.shape[0], self.choosers(keys), start, n)

@@ -1,13 +1,20 @@
 """Who leaves: one step at a time (decode) and replayed over a block (prefill)."""
 
-from .scan import ScanResult, scan
-from .step import choose_victim, update_scores
+from .choice import kernels_wanted, scan_block
+from .kernels import step_on_gpu
+from .once import cut_once
+from .scan import ScanResult
+from .step import choose_victim, step_on_cpu, update_scores
 from .window import window_columns, window_mask
 
 __all__ = [
     "ScanResult",
     "choose_victim",
-    "scan",
+    "cut_once",
+    "kernels_wanted",
+    "scan_block",
+    "step_on_cpu",
+    "step_on_gpu",
     "update_scores",
     "window_columns",
     "window_mask",

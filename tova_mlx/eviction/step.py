@@ -56,3 +56,18 @@ def choose_victim(
         lowest = scores.min(axis=-1, keepdims=True)
         ages = mx.where(scores > lowest, _NEVER, ages)
     return mx.argmin(ages, axis=-1, keepdims=True)
+
+
+def step_on_cpu(
+    weights: mx.array,
+    positions: mx.array | None,
+    scores: mx.array | None,
+    norms: mx.array | None,
+    newest: int | mx.array,
+    rule: Rule,
+) -> tuple[mx.array, mx.array | None]:
+    """`update_scores`, then `choose_victim`, or None while `positions` is None."""
+    updated = update_scores(weights, norms, scores, rule)
+    if positions is None:
+        return updated, None
+    return updated, choose_victim(positions, updated, newest, rule)

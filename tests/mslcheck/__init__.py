@@ -1,0 +1,18 @@
+"""Runs and checks Metal kernels on Linux, see README.md."""
+
+from .build import missing, skip_reason
+from .findings import Finding, Kind, MSLError
+from .kernel import Kernel, Options, checked_kernels, install, uninstall
+
+__all__ = [
+    "Finding",
+    "Kernel",
+    "Kind",
+    "MSLError",
+    "Options",
+    "checked_kernels",
+    "install",
+    "missing",
+    "skip_reason",
+    "uninstall",
+]
