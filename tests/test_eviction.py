@@ -118,6 +118,12 @@ def test_cutting_once_looks_at_everything_and_ranks_by_the_last_row():
     assert last == [2, 1, 1, 2]
 
 
+def test_cutting_once_drops_the_oldest_of_many_ties():
+    logits = np.zeros((1, 1, 1, 60), np.float32)
+    last, _ = run_scan(logits, settle("tova", 20, {}), 20, once=True)
+    assert last == [0] * 40 + [1] * 20
+
+
 def test_learned_sinks_take_their_share_of_the_denominator():
     # With a sink as large as the two weights together, each share is halved.
     logits = block([[0.5, 0.5]], n_held=1)
