@@ -31,3 +31,7 @@ class PromptError(TovaError, ValueError):
 
 class CacheStateError(TovaError):
     """A cache was asked for something that its state does not allow."""
+
+
+class EvaluationError(TovaError, ValueError):
+    """An evaluation was given texts, tasks or a directory that it cannot use."""

@@ -7,6 +7,7 @@ import click
 from .. import __version__
 from ..errors import TovaError
 from .chat import chat
+from .evaluate import evaluate
 from .generate import generate
 from .info import info
 from .run import run
@@ -34,6 +35,7 @@ def main() -> None:
 
 
 main.add_command(chat)
+main.add_command(evaluate)
 main.add_command(generate)
 main.add_command(info)
 main.add_command(run)

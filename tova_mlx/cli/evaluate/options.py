@@ -1,0 +1,116 @@
+"""Options that the evaluations share, and what they begin with."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import click
+
+from ...errors import EvaluationError
+from ...policies import POLICIES, settle
+from ..options import model_option
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+BOUNDED = tuple(name for name in POLICIES if name != "full")
+
+
+def eval_options(sizes: tuple[int, ...]) -> Callable[[F], F]:
+    """Model, policies, sizes (with this default), seed and where results go."""
+
+    def decorate(command: F) -> F:
+        for option in reversed(
+            [
+                model_option,
+                click.option(
+                    "--policy",
+                    "policies",
+                    type=click.Choice(list(POLICIES)),
+                    multiple=True,
+                    default=BOUNDED,
+                    show_default=True,
+                    help="Which tokens are kept; may be given several times.",
+                ),
+                click.option(
+                    "--max-kv-size",
+                    "sizes",
+                    type=int,
+                    multiple=True,
+                    default=sizes,
+                    show_default=True,
+                    help="Tokens kept per layer; may be given several times.",
+                ),
+                click.option(
+                    "--prefill-step-size",
+                    type=click.IntRange(min=1),
+                    default=256,
+                    show_default=True,
+                    help="Tokens read per step; the result does not depend on it.",
+                ),
+                click.option(
+                    "--seed",
+                    type=int,
+                    default=0,
+                    show_default=True,
+                    help="Seed of what is drawn by chance.",
+                ),
+                click.option(
+                    "--out",
+                    type=click.Path(path_type=Path, file_okay=False),
+                    required=True,
+                    help="Directory for results.jsonl and a PNG; a run that was "
+                    "stopped goes on there.",
+                ),
+            ]
+        ):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+class Loaded(NamedTuple):
+    """What an evaluation begins with; `common`: see `evaluation.results.provenance`."""
+
+    model: Any
+    tokenizer: Any
+    common: dict[str, Any]
+
+
+def check_settings(options: dict[str, Any]) -> None:
+    """Refuse now what no model could do, before one is loaded. Raises OptionError."""
+    for policy in options["policies"]:
+        for size in options["sizes"]:
+            settle(policy, size, {})
+
+
+def begin(options: dict[str, Any]) -> Loaded:
+    """Load the model of `eval_options`. Raises OptionError, ModelLoadError."""
+    check_settings(options)
+    from ...evaluation.plots import pyplot
+    from ...evaluation.results import provenance
+    from ..models import load
+
+    # Before hours of work, not after them.
+    pyplot()
+    model, tokenizer, path = load(options["model"])
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    leaves: Any = tree_flatten(model.parameters())
+    floats = [a.dtype for _, a in leaves if mx.issubdtype(a.dtype, mx.floating)]
+    dtype = str(max(set(floats), key=floats.count)).rpartition(".")[2]
+    common = provenance(path, dtype, options["seed"])
+    common["prefill_step_size"] = options["prefill_step_size"]
+    return Loaded(model, tokenizer, common)
+
+
+def read_text(path: Path) -> str:
+    """A text file. Raises EvaluationError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise EvaluationError(
+            f"{path}: cannot be read ({reason}). Name a text file in UTF-8."
+        ) from error

@@ -1,0 +1,1 @@
+"""What a bounded cache costs in quality: the measurements behind `tova-mlx eval`."""

@@ -1,0 +1,78 @@
+"""A model reads a text with a bounded cache: losses of its tokens, or an answer.
+
+Every token sees what it would see if the text came one token at a time (stepwise
+prefill), whatever the step. Memory: the cache and the logits of one step.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
+from mlx_lm.generate import stream_generate
+
+from ..conversion import make_prompt_cache
+from .results import Setting
+
+# Called with the number of tokens read since the last call.
+Progress = Callable[[int], Any]
+
+
+def new_cache(model: nn.Module, setting: Setting) -> list[Any]:
+    """Caches of a setting; nothing will be taken back."""
+    size = setting.max_kv_size
+    return make_prompt_cache(model, size, policy=setting.policy, journal=0)
+
+
+def token_losses(
+    model: nn.Module,
+    tokens: mx.array,
+    setting: Setting,
+    step: int,
+    progress: Progress | None = None,
+    first: int = 1,
+) -> npt.NDArray[np.float32]:
+    """Negative log-likelihoods of tokens [B, first:], given those before, in nats.
+
+    tokens: int [B, n], rows of one length; first: at least 1. Returns [B, n - first].
+    """
+    cache = new_cache(model, setting)
+    batch, n = tokens.shape
+    parts = []
+    for start in range(0, n - 1, step):
+        stop = min(start + step, n - 1)
+        logits = model(tokens[:, start:stop], cache=cache)
+        wanted = max(start, first - 1)
+        if wanted < stop:
+            loss = nn.losses.cross_entropy(
+                logits[:, wanted - start :].astype(mx.float32),
+                tokens[:, wanted + 1 : stop + 1],
+            )
+            parts.append(loss)
+        mx.eval(parts[-1:], [c.state for c in cache])
+        mx.clear_cache()
+        if progress is not None:
+            progress(batch * (stop - start))
+    return np.concatenate([np.array(part) for part in parts], axis=1)
+
+
+def answer(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: list[int],
+    setting: Setting,
+    step: int,
+    max_tokens: int,
+) -> str:
+    """What the model says after a prompt of tokens, greedily, to its own end."""
+    pieces = stream_generate(
+        model,
+        tokenizer,
+        prompt,
+        max_tokens=max_tokens,
+        prompt_cache=new_cache(model, setting),
+        prefill_step_size=step,
+    )
+    return "".join(piece.text for piece in pieces)

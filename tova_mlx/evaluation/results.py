@@ -1,0 +1,116 @@
+"""Rows of an evaluation: one JSON object a line, written as soon as it is known.
+
+A run that was killed goes on where it was: rows that are there are not made again.
+"""
+
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import EvaluationError
+
+
+class Setting(NamedTuple):
+    """What a row was measured with; `max_kv_size` is None for `full`."""
+
+    policy: str
+    max_kv_size: int | None
+
+    def __str__(self) -> str:
+        return self.policy if self.max_kv_size is None else f"{self.policy} {self[1]}"
+
+
+def settings(policies: tuple[str, ...], sizes: tuple[int, ...]) -> list[Setting]:
+    """`full`, then every policy at every size (tokens)."""
+    bounded = [p for p in dict.fromkeys(policies) if p != "full"]
+    sizes = tuple(dict.fromkeys(sizes))
+    return [Setting("full", None), *(Setting(p, s) for s in sizes for p in bounded)]
+
+
+class Results:
+    """The rows in a directory's results.jsonl.
+
+    Args:
+        directory: made if it is not there.
+        common: what all rows of this run say, see `provenance`.
+        same: the names among them that a row must share to count as one of this run.
+
+    Raises:
+        EvaluationError: the file is there and holds something else.
+    """
+
+    def __init__(self, directory: Path, common: dict[str, Any], same: tuple[str, ...]):
+        self.directory, self.common = directory, common
+        self._key = {name: common[name] for name in same}
+        self.path = directory / "results.jsonl"
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        except OSError as error:
+            raise EvaluationError(
+                f"--out {directory}: cannot be used ({error.strerror}). Name a "
+                "directory that can be written."
+            ) from error
+        *lines, unfinished = text.split("\n")
+        if unfinished:
+            # A run was killed while it wrote.
+            self._replace("".join(f"{line}\n" for line in lines))
+        try:
+            self._rows = [dict(json.loads(line)) for line in lines]
+        except ValueError as error:
+            raise EvaluationError(
+                f"{self.path} holds something that is no row of an evaluation "
+                f"({error}). Name another --out, or move it away."
+            ) from error
+
+    def rows(self, **values: Any) -> list[dict[str, Any]]:
+        """The rows of this run with these values."""
+        wanted = {**self._key, **values}
+        # As JSON gives them back: tuples are lists there.
+        wanted = json.loads(json.dumps(wanted))
+        return [
+            row
+            for row in self._rows
+            if all(row.get(name, row) == value for name, value in wanted.items())
+        ]
+
+    def add(self, setting: Setting, **values: Any) -> dict[str, Any]:
+        """Append a row and have it on the disk when this returns."""
+        row = {**self.common, **setting._asdict(), **values}
+        line = json.dumps(row, allow_nan=False)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._rows.append(json.loads(line))
+        return row
+
+    def _replace(self, text: str) -> None:
+        new = self.path.with_suffix(".new")
+        new.write_text(text, encoding="utf-8")
+        os.replace(new, self.path)
+
+
+def provenance(model: str, dtype: str, seed: int | None) -> dict[str, Any]:
+    """What it takes to repeat a run. model: the directory that it was loaded from."""
+    import mlx.core as mx
+
+    arguments = [
+        Path(a).name if Path(a).is_absolute() or ".." in Path(a).parts else a
+        for a in sys.argv[1:]
+    ]
+    return {
+        "model": Path(model).name,
+        "dtype": dtype,
+        "seed": seed,
+        "versions": {p: version(p) for p in ("tova_mlx", "mlx", "mlx-lm")},
+        "device": f"{mx.default_device()} {platform.machine()} {platform.system()}",
+        "command": shlex.join([Path(sys.argv[0]).name, *arguments]),
+        "date": time.strftime("%Y-%m-%d"),
+    }
