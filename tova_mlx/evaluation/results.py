@@ -27,8 +27,9 @@ class Setting(NamedTuple):
 
 
 def settings(policies: tuple[str, ...], sizes: tuple[int, ...]) -> list[Setting]:
-    """`full`, then every policy at every size (tokens)."""
+    """`full`, then every policy at every size (tokens), `tova` before the others."""
     bounded = [p for p in dict.fromkeys(policies) if p != "full"]
+    bounded.sort(key=lambda policy: policy != "tova")
     sizes = tuple(dict.fromkeys(sizes))
     return [Setting("full", None), *(Setting(p, s) for s in sizes for p in bounded)]
 

@@ -1,0 +1,195 @@
+"""Perplexity of a long text under bounded caches, paired token by token.
+
+The text is cut into windows as long as the context; each is read from an empty cache,
+with token-by-token semantics. Losses are kept beside the rows, so that settings can be
+compared on the same tokens.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import EvaluationError
+from .plots import new_figure, save, style
+from .reading import Progress, token_losses
+from .results import Results, Setting
+from .statistics import mean_with_error
+
+Losses = npt.NDArray[np.float32]
+
+
+def cut(ids: list[int], context: int, n_tokens: int) -> npt.NDArray[np.int32]:
+    """Windows [W, context] of the first `n_tokens` tokens, the last part one left out.
+
+    Raises EvaluationError: not one window.
+    """
+    n = min(n_tokens, len(ids)) // context
+    if n == 0:
+        raise EvaluationError(
+            f"The text has {len(ids)} tokens and {n_tokens} are to be read, less than "
+            f"one context of {context}. Give a longer text, more --tokens or a smaller "
+            "--context."
+        )
+    return np.array(ids[: n * context], np.int32).reshape(n, context)
+
+
+class Perplexity:
+    """Rows and losses of one text's windows [W, context], under any settings."""
+
+    def __init__(self, results: Results, windows: npt.NDArray[np.int32], step: int):
+        self.results, self.windows, self.step = results, windows, step
+
+    def missing(self, settings: list[Setting]) -> list[Setting]:
+        """The settings without a row or without losses, in order."""
+        return [s for s in settings if self._row(s) is None or self._saved(s) is None]
+
+    def run(
+        self,
+        model: nn.Module,
+        settings: list[Setting],
+        progress: Progress | None = None,
+        began: Callable[[Setting], Any] = lambda setting: None,
+    ) -> Iterator[dict[str, Any]]:
+        """The rows of the settings in order, measured where they are missing."""
+        missing = self.missing(settings)
+        for setting in settings:
+            row = self._row(setting)
+            if setting in missing:
+                began(setting)
+                losses = self._measure(model, setting, progress)
+                self._save(setting, losses)
+                row = row or self.results.add(setting, **self._values(setting, losses))
+            assert row is not None
+            yield row
+
+    def compare(self, one: Setting, other: Setting) -> tuple[float, float]:
+        """The ratio of one's perplexity to the other's, and its standard error."""
+        mine, theirs = self._saved(one), self._saved(other)
+        if mine is None or theirs is None:
+            return math.nan, math.nan
+        mean, error = mean_with_error((mine - theirs).reshape(-1))
+        return math.exp(mean), math.exp(mean) * error
+
+    def _measure(
+        self, model: nn.Module, setting: Setting, progress: Progress | None
+    ) -> Losses:
+        rows = [
+            token_losses(model, mx.array(w[None]), setting, self.step, progress)
+            for w in self.windows
+        ]
+        return np.concatenate(rows)
+
+    def _values(self, setting: Setting, losses: Losses) -> dict[str, Any]:
+        value, error = _perplexity(losses)
+        row: dict[str, Any] = {
+            "task": "perplexity",
+            "unit": "perplexity",
+            "value": value,
+            "stderr": _number(error),
+            "n": losses.size,
+            "by_position": _by_position(losses),
+        }
+        for name in ("full", "tova"):
+            other = Setting(name, None if name == "full" else setting.max_kv_size)
+            if setting.policy not in ("full", name):
+                ratio, error = self.compare(setting, other)
+                row[f"ratio_to_{name}"] = _number(ratio)
+                row[f"ratio_to_{name}_stderr"] = _number(error)
+        return row
+
+    def _row(self, setting: Setting) -> dict[str, Any] | None:
+        rows = self.results.rows(task="perplexity", **setting._asdict())
+        return rows[0] if rows else None
+
+    def _path(self, setting: Setting) -> Path:
+        name = str(setting).replace(" ", "-")
+        text = self.results.common["text"]
+        return self.results.directory / "losses" / f"{text}-{name}.npy"
+
+    def _saved(self, setting: Setting) -> Losses | None:
+        path = self._path(setting)
+        if not path.is_file():
+            return None
+        losses = np.load(path)
+        shape = (len(self.windows), self.windows.shape[1] - 1)
+        return losses if losses.shape == shape else None
+
+    def _save(self, setting: Setting, losses: Losses) -> None:
+        path = self._path(setting)
+        path.parent.mkdir(exist_ok=True)
+        with path.with_suffix(".new").open("wb") as file:
+            np.save(file, losses)
+        os.replace(path.with_suffix(".new"), path)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> Path:
+    """Perplexity against tokens kept, a line per policy, `full` dashed."""
+    figure, axes = new_figure()
+    first = rows[0]
+    for policy in dict.fromkeys(row["policy"] for row in rows):
+        mine = sorted(
+            (r for r in rows if r["policy"] == policy),
+            key=lambda r: r["max_kv_size"] or 0,
+        )
+        if policy == "full":
+            axes.axhline(mine[0]["value"], **style(policy))
+            continue
+        axes.errorbar(
+            [r["max_kv_size"] for r in mine],
+            [r["value"] for r in mine],
+            yerr=[r["stderr"] or 0 for r in mine],
+            capsize=3,
+            **style(policy),
+        )
+    sizes = sorted({r["max_kv_size"] for r in rows if r["max_kv_size"]})
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(sizes, [str(s) for s in sizes])
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.yaxis.set_minor_formatter("{x:.0f}")
+    axes.set_xlabel("tokens kept per layer (max_kv_size)")
+    axes.set_ylabel("perplexity (lower is better)")
+    axes.set_title(
+        f"{first['model']}, {first['text']}: {first['tokens']:,} tokens in contexts "
+        f"of {first['context']:,}"
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return save(figure, path)
+
+
+def _perplexity(losses: Losses) -> tuple[float, float]:
+    mean, error = mean_with_error(losses.reshape(-1))
+    return math.exp(mean), math.exp(mean) * error
+
+
+def _by_position(losses: Losses) -> list[dict[str, Any]]:
+    """Perplexity of the tokens at positions 1 to 63, 64 to 127, 128 to 255 …"""
+    length, start, buckets = losses.shape[1] + 1, 1, []
+    while start < length:
+        stop = min(length, max(64, 2 * start) if start > 1 else 64)
+        some = losses[:, start - 1 : stop - 1]
+        # A window's part is a block: parts of different windows are independent.
+        mean, error = mean_with_error(some.mean(axis=1), block=1)
+        buckets.append(
+            {
+                "from": start,
+                "to": stop - 1,
+                "perplexity": math.exp(mean),
+                "stderr": _number(math.exp(mean) * error),
+            }
+        )
+        start = stop
+    return buckets
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
