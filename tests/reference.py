@@ -12,6 +12,17 @@ def softmax(x):
     return e / e.sum()
 
 
+def similarity(keys, places, kv_heads):
+    """Mean over heads of the cosine between each key and the mean of the unit keys."""
+    total = np.zeros(len(places))
+    for kv in kv_heads:
+        some = keys[kv, places]
+        anchor = np.mean([k / np.linalg.norm(k) for k in some], axis=0)
+        for i, key in enumerate(some):
+            total[i] += key @ anchor / np.linalg.norm(key) / np.linalg.norm(anchor)
+    return total / len(kv_heads)
+
+
 def run(queries, keys, values, scale, max_size, rule):
     """One layer on queries [H, T, D], keys and values [Hkv, T, D].
 
@@ -49,7 +60,11 @@ def run(queries, keys, values, scale, max_size, rule):
                     if token["position"] >= rule["n_sinks"]
                     and token["position"] <= t - rule["n_recent"]
                 ]
-                if not rule["reads_attention"]:
+                if rule["reads_keys"]:
+                    likeness = similarity(keys, places, [h // group for h in heads])
+                    most = {p: s for p, s in zip(places, likeness, strict=True)}
+                    held.remove(max(free, key=lambda token: most[token["position"]]))
+                elif not rule["reads_attention"]:
                     held.remove(free[0])
                 else:
                     held.remove(min(free, key=lambda token: token["score"]))

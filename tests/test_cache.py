@@ -18,6 +18,7 @@ CASES = [(p, {}) for p in POLICIES if p not in READING] + [
     (p, {"granularity": g}) for p in READING for g in ("layer", "head")
 ]
 EXTRA = [
+    ("keydiff", {"granularity": "layer", "n_sinks": 2, "n_recent": 3}),
     ("tova", {"n_sinks": 3, "n_recent": 5}),
     ("fade", {"memory": 0.5, "value_weighted": False, "n_recent": 0}),
     ("streaming", {"n_sinks": 7}),

@@ -2,7 +2,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from tova_mlx.eviction import choose_victim, cut_once, scan_block, update_scores
+from tova_mlx.eviction import (
+    choose_victim,
+    cut_once,
+    key_scores,
+    scan_block,
+    scan_keys,
+    update_scores,
+)
 from tova_mlx.policies import settle
 
 
@@ -138,3 +145,27 @@ def test_scores_before_the_last_rows_are_there_for_the_journal():
     arguments = (mx.array(logits), mx.arange(3)[None], mx.zeros((1, 3)), None, rule)
     before = scan_block(*arguments, limit=8, n_before=2).before
     assert np.allclose(np.array(before), [[[0, 0, 0], [0.5, 0.5, 0]]])
+
+
+# Two point the same way, however long; the mean is at 22.5 degrees from them.
+KEYS = mx.array([[[[2.0, 0.0], [1.0, 1.0], [5.0, 0.0], [0.0, 0.0]]]])
+
+
+def test_hand_worked_likeness_of_keys():
+    rule = settle("keydiff", 3, {})
+    norms = mx.linalg.norm(KEYS, axis=-1)
+    length = np.hypot(2 + 0.5**0.5, 0.5**0.5)
+    want = [(2 + 0.5**0.5) / length, (0.5**0.5 * 2 + 1) / length]
+    scores = key_scores(KEYS, norms, rule)
+    assert np.allclose(np.array(scores)[0, 0], [-want[0], -want[1], -want[0], 0])
+    assert choose_victim(mx.arange(4)[None, None], scores, 3, rule).item() == 0
+
+
+def test_hand_worked_scan_of_keys():
+    # Column 2 comes, 0 and 2 are alike: the older leaves. Column 3 has no direction;
+    # 1 and 2 are as far from their mean, so either may leave.
+    norms = mx.linalg.norm(KEYS, axis=-1)
+    rule = settle("keydiff", 2, {})
+    result = scan_keys(KEYS, norms, mx.arange(4)[None], rule, limit=2, n_rows=2)
+    first, *others, newest = result.last[0].tolist()
+    assert (first, sorted(others), newest) == (0, [1, 2], 2)

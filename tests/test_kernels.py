@@ -44,8 +44,9 @@ def kernels_run(monkeypatch):
             kernel = make(name=name, **how)
             return lambda **given: names.append(name) or kernel(**given)
 
-        monkeypatch.setattr(mx.fast, "metal_kernel", counted)
-        yield names
+        with monkeypatch.context() as patch:
+            patch.setattr(mx.fast, "metal_kernel", counted)
+            yield names
     kernels._kernel.cache_clear()
 
 

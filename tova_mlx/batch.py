@@ -194,7 +194,7 @@ class BatchPolicyKVCache:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Rows, Rows]:
         """Store new rows [B, n_kv_heads, L, head_dim]; return all to attend to."""
-        if self._awaits is not None and self.rule.reads_attention:
+        if self._awaits is not None and not self.rule.by_age:
             raise unseen(self._awaits, self.rule.policy)
         # Before anything is written: a second reference turns a write into a copy.
         self._given.forget()
@@ -209,7 +209,7 @@ class BatchPolicyKVCache:
             self._stack = Stack(parts, keys, values)
             self._rows = []
         given = self._stack.append(keys, values)
-        if self._stack.evicted and not self.rule.reads_attention:
+        if self._stack.evicted and self.rule.by_age:
             evict_unseen(self._stack)
         return self._given.note(given)
 
@@ -236,7 +236,7 @@ class BatchPolicyKVCache:
             self._parts, self._joined = [], []
             return attend(queries, keys, values, **how)
         check_values(module, self.rule, self._stack.values, values)
-        if self.rule.reads_attention:
+        if not self.rule.by_age:
             return attend_and_evict(self._stack, queries, keys, values, **how)
         return attend_newest(queries, keys, values, **how)[0]
 

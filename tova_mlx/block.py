@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from .eviction import cut_once, scan_block
+from .eviction import cut_once, scan_block, scan_keys
 from .logits import masked_logits
 from .newest import BLOCK, plain_attention
 from .packed import Rows, gather
@@ -56,6 +56,7 @@ def attend_block(
     scale: float,
     mask: mx.array | str | None,
     sinks: mx.array | None,
+    stored: Rows,
     positions: mx.array,
     scores: mx.array | None,
     norms: mx.array | None,
@@ -66,9 +67,10 @@ def attend_block(
     """Outputs and survivors of L rows over the columns held plus their own.
 
     queries: [B, n_heads, L, D]; keys, values: [B, n_kv_heads, N, D], N = held + L, in
-    order of position; positions: int32 [B, H', N]; scores: float32 [B, H', held];
-    norms: float32 [B, n_kv_heads, N]. "causal" is what a row may look at if the mask
-    is no array; n_before: for how many of the last rows `gone` and `before` are wanted.
+    order of position; stored: the cache's own keys, which may be others; positions:
+    int32 [B, H', N]; scores: float32 [B, H', held]; norms: float32 [B, n_kv_heads, N].
+    "causal" is what a row may look at if the mask is no array; n_before: for how many
+    of the last rows `gone` and `before` are wanted.
     """
     batch, n_heads, length, _ = queries.shape
     choosers = positions.shape[1]
@@ -87,16 +89,25 @@ def attend_block(
         flat = (batch * choosers, m)
         places = mx.take_along_axis(positions, columns, axis=2).reshape(flat)
         noted = min(n_rows, max(0, n_before - (length - stop))) if rule.memory else 0
-        result = scan_block(
-            masked_logits(queries[:, :, start:stop], seen[0], scale, seen[2]),
-            places,
-            mx.pad(living_scores, [(0, 0), (0, 0), (0, n_rows)]).reshape(flat),
-            None if norms is None else gather(norms, columns),
-            rule,
-            limit=None if once else rule.max_size,
-            n_before=noted,
-            sinks=sinks,
-        )
+        lengths = None if norms is None else gather(norms, columns)
+        limit = None if once else rule.max_size
+        if rule.reads_keys:
+            assert lengths is not None
+            own_keys = _of_block(stored, block)
+            result = scan_keys(
+                own_keys, lengths, places, rule, limit=limit, n_rows=n_rows
+            )
+        else:
+            result = scan_block(
+                masked_logits(queries[:, :, start:stop], seen[0], scale, seen[2]),
+                places,
+                mx.pad(living_scores, [(0, 0), (0, 0), (0, n_rows)]).reshape(flat),
+                lengths,
+                rule,
+                limit=limit,
+                n_before=noted,
+                sinks=sinks,
+            )
         if once and stop == length:
             result = cut_once(result, places, rule)
         last = result.last.reshape(batch, choosers, m)
@@ -192,6 +203,13 @@ def _alive(last: mx.array, n_living: int, come: Any, row: Any) -> mx.array:
     return (mx.arange(last.shape[-1]) <= n_living + come) & (last >= row)
 
 
+def _of_block(rows: Rows, block: Block) -> Rows:
+    """The columns of a block."""
+    if block.is_first:
+        return Slots.first(rows, block.columns.shape[2])
+    return gather(rows, block.columns)
+
+
 def _cut(
     block: Block,
     keys: Rows,
@@ -202,10 +220,7 @@ def _cut(
     """Keys, values and the model's mask [B, n_heads, L, N], cut to a block."""
     columns = block.columns
     batch, choosers, m = columns.shape
-    if block.is_first:
-        keys, values = Slots.first(keys, m), Slots.first(values, m)
-    else:
-        keys, values = gather(keys, columns), gather(values, columns)
+    keys, values = _of_block(keys, block), _of_block(values, block)
     if not isinstance(mask, mx.array):
         return keys, values, None
     mask = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)

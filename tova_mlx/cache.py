@@ -179,7 +179,7 @@ class PolicyKVCache:
             return create_causal_mask(N, self.offset, window_size=window_size)
         if N == 1:
             return None
-        if evicts and not self.rule.reads_attention:
+        if evicts and self.rule.by_age:
             return to_mlx(window_mask(self.rule, self.offset, N))
         if return_array:
             return create_causal_mask(N, self.size())
@@ -199,17 +199,17 @@ class PolicyKVCache:
         self._given.forget()
         length = keys.shape[2]
         limit = self.rule.max_size
-        if self.rule.reads_attention:
+        if not self.rule.by_age:
             self._awaits = module or sys._getframe(1).f_globals["__name__"]
         fits = limit is None or self.offset + length <= limit
         # A memory must see every query, so even a chunk that fits is scanned.
         if length == 1 or (fits and not self.rule.memory):
             rows = self._slots.append(keys, values)
-            if self._slots.evicted and not self.rule.reads_attention:
+            if self._slots.evicted and self.rule.by_age:
                 evict_unseen(self._slots)
             return self._given.note(rows)
         rows = self._slots.extend(keys, values)
-        if not self.rule.reads_attention:
+        if self.rule.by_age:
             evict_oldest(self._slots)
         return self._given.note(rows)
 
@@ -230,7 +230,7 @@ class PolicyKVCache:
         """
         rule, slots = self.rule, self._slots
         how: dict[str, Any] = {"scale": scale, "mask": mask, "sinks": sinks}
-        if rule.reads_attention:
+        if not rule.by_age:
             if self._awaits is None:
                 if self._given.rows is None:
                     raise attended_again(rule)
@@ -239,10 +239,10 @@ class PolicyKVCache:
             self._awaits = None
         if rule.memory or slots.evicted:
             if queries.shape[2] == 1:
-                if rule.reads_attention:
+                if not rule.by_age:
                     return attend_and_evict(slots, queries, keys, values, **how)
                 return attend_newest(queries, keys, values, **how)[0]
-            if rule.reads_attention:
+            if not rule.by_age:
                 once = self.prefill == "once"
                 result = attend_and_keep(slots, queries, keys, values, once=once, **how)
                 self._given.note_again(partial(attend_again, result.blocks))

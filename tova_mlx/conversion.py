@@ -203,7 +203,7 @@ def _check_model(model: nn.Module, rule: Rule, caches: list[Any]) -> None:
             f"{type(model).__module__} has caches of its own kind, which {rule.policy} "
             "cannot bound. Use policy full, or another model."
         )
-    if not rule.reads_attention:
+    if rule.by_age:
         return
     if not any(attention.is_seen(n) for n in names if n in sys.modules):
         raise unseen(type(model).__module__, rule.policy)

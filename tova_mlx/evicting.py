@@ -13,6 +13,7 @@ from .block import BlockResult, attend_block
 from .eviction import (
     choose_victim,
     kernels_wanted,
+    key_scores,
     step_on_cpu,
     step_on_gpu,
     window_columns,
@@ -47,7 +48,15 @@ def attend_and_evict(
     """The attention of one new row a row of the batch; marks who leaves after it."""
     n = keys.shape[2]
     norms, old = Slots.first(slots.norms, n), Slots.first(slots.scores, n)
-    if kernels_wanted():
+    scores = victim = None
+    if slots.rule.reads_keys:
+        output, _ = attend_newest(queries, keys, values, **how)
+        if slots.evicted:
+            assert norms is not None
+            assert slots.positions is not None
+            ranks = key_scores(Slots.first(slots.keys, n), norms, slots.rule)
+            victim = choose_victim(slots.positions, ranks, slots.newest, slots.rule)
+    elif kernels_wanted():
         # Two passes over the keys: the fused attention gives no weights. The slots go
         # whole into both, the kernel has their logits only, and nothing holds on to
         # them: a view that a kernel makes contiguous, or a second reference when the
@@ -74,7 +83,8 @@ def attend_and_evict(
         scores, victim = step_on_cpu(
             weights, there, old, norms, slots.newest, slots.rule
         )
-    slots.remember(scores)
+    if scores is not None:
+        slots.remember(scores)
     slots.victim = victim
     # Evaluated with the output, or every step's weights would stay alive until
     # something reads the scores.
@@ -93,11 +103,13 @@ def attend_and_keep(
 ) -> BlockResult:
     """The attention of a block that `extend` put in, its survivors kept."""
     journal = slots.journal
+    assert slots.keys is not None
     assert slots.positions is not None
     result = attend_block(
         queries,
         keys,
         values,
+        stored=slots.keys,
         positions=slots.positions,
         scores=slots.scores,
         norms=slots.norms,

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from .packed import Rows, around, arrays, each, join, nbytes, put
-from .slots import Slots, allocation, held, l2_norms, numbered
+from .slots import Slots, allocation, held, numbered, row_norms
 
 # Those with slots in axis 2, by the names that `Slots` has for them.
 _ARRAYS = ("keys", "values", "positions", "scores", "norms")
@@ -48,7 +48,7 @@ class Stack:
             "values": each(lambda a: a[:1, :, :0], packed[1]),
             "positions": mx.zeros((1, self._choosers, 0), mx.int32),
             "scores": mx.zeros((1, self._choosers, 0)) if rule.memory else None,
-            "norms": mx.zeros((1, n_kv_heads, 0)) if rule.value_weighted else None,
+            "norms": mx.zeros((1, n_kv_heads, 0)) if rule.keeps_norms else None,
         }
         for name, nothing in empty.items():
             if nothing is None:
@@ -112,7 +112,7 @@ class Stack:
         if self.scores is not None:
             self.scores = put(self.scores, mx.zeros(slot.shape), slot)
         if self.norms is not None:
-            self.norms = put(self.norms, l2_norms(values), slot)
+            self.norms = put(self.norms, row_norms(self.rule, keys, values), slot)
         self.offsets = [o + 1 for o in self.offsets]
         limit = self.rule.max_size
         free = mx.array([held(o, limit) for o in self.offsets], mx.uint32)

@@ -103,7 +103,7 @@ def _check(slots: Slots) -> None:
     expected = {
         "positions": (slots.positions, per_chooser, mx.int32, slots.evicted),
         "scores": (slots.scores, per_chooser, mx.float32, rule.memory and slots.offset),
-        "norms": (slots.norms, rows, mx.float32, rule.value_weighted),
+        "norms": (slots.norms, rows, mx.float32, rule.keeps_norms),
         "victim": (slots.victim, (*per_chooser[:2], 1), mx.uint32, False),
     }
     for name, (array, shape, dtype, needed) in expected.items():

@@ -2,6 +2,7 @@
 
 from .choice import kernels_wanted, scan_block
 from .kernels import step_on_gpu
+from .keys import key_scores, scan_keys
 from .once import cut_once
 from .scan import ScanResult
 from .step import choose_victim, step_on_cpu, update_scores
@@ -12,7 +13,9 @@ __all__ = [
     "choose_victim",
     "cut_once",
     "kernels_wanted",
+    "key_scores",
     "scan_block",
+    "scan_keys",
     "step_on_cpu",
     "step_on_gpu",
     "update_scores",

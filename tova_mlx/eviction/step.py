@@ -38,16 +38,19 @@ def choose_victim(
     scores: mx.array | None,
     newest: int | mx.array,
     rule: Rule,
+    alive: mx.array | None = None,
 ) -> mx.array:
     """The slot with the lowest score among the unprotected; ties to the oldest.
 
-    positions: int32 [R, S], every slot taken; newest: the position of the newest
-    token, or of each row's [B, 1, 1]. Returns uint32 [R, 1], always a slot of the
-    cache, whatever the scores hold.
+    positions: int32 [R, S]; newest: the position of the newest token, or of each
+    row's [B, 1, 1]; alive: bool [R, S], the slots taken, all if None. Returns uint32
+    [R, 1], always a slot of the cache, whatever the scores hold.
     """
-    ages = positions
+    ages, candidates = positions, alive
     if rule.n_sinks or rule.n_recent:
-        candidates = (positions >= rule.n_sinks) & (positions <= newest - rule.n_recent)
+        free = (positions >= rule.n_sinks) & (positions <= newest - rule.n_recent)
+        candidates = free if alive is None else free & alive
+    if candidates is not None:
         ages = mx.where(candidates, ages, _NEVER)
         if scores is not None:
             scores = mx.where(candidates, scores, mx.inf)

@@ -8,13 +8,14 @@ from .base import ATTENTION_OPTIONS, Granularity, Policy, Rule
 from .fade import FADE
 from .full import FULL
 from .h2o import H2O
+from .keydiff import KEYDIFF
 from .streaming import STREAMING
 from .tova import TOVA
 from .vatp import VATP
 from .window import WINDOW
 
 POLICIES: dict[str, Policy] = {
-    p.name: p for p in (FULL, WINDOW, STREAMING, H2O, TOVA, VATP, FADE)
+    p.name: p for p in (FULL, WINDOW, STREAMING, H2O, TOVA, VATP, FADE, KEYDIFF)
 }
 
 

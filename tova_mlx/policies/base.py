@@ -8,7 +8,8 @@ each step updates:
 `norm` is the L2 norm of the token's value in the head's KV head if the policy is
 value-weighted, else 1. A new token starts at 0. The token with the lowest score that
 is not protected leaves; ties go to the oldest. A policy that reads no attention ranks
-all tokens alike, so the oldest unprotected token leaves.
+all tokens alike, so the oldest unprotected token leaves; one that reads the keys ranks
+them by their likeness (`eviction.keys`).
 """
 
 from collections.abc import Mapping
@@ -39,6 +40,17 @@ class Rule:
     value_weighted: bool
     n_sinks: int
     n_recent: int
+    reads_keys: bool = False
+
+    @property
+    def by_age(self) -> bool:
+        """Whether the oldest leaves, so that nothing of a token need be known."""
+        return not (self.reads_attention or self.reads_keys)
+
+    @property
+    def keeps_norms(self) -> bool:
+        """Whether the length of a row counts: the value's, or the key's."""
+        return self.value_weighted or self.reads_keys
 
     @property
     def per_head(self) -> bool:
@@ -63,6 +75,7 @@ class Policy:
     options: tuple[str, ...] = ()
     bounded: bool = True
     reads_attention: bool = False
+    reads_keys: bool = False
     granularity: Granularity = "layer"
     memory: float = 0.0
     value_weighted: bool = False
@@ -91,6 +104,7 @@ class Policy:
             policy=self.name,
             max_size=size,
             reads_attention=self.reads_attention,
+            reads_keys=self.reads_keys,
             granularity=options.get("granularity", self.granularity),
             memory=options.get("memory", self.memory),
             value_weighted=options.get("value_weighted", self.value_weighted),

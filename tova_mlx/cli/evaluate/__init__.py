@@ -10,7 +10,10 @@ from .perplexity import perplexity
 
 @click.group(name="eval", short_help="Quality for several policies and sizes")
 def evaluate() -> None:
-    """Quality for several policies and sizes in one run; `full` is always a row"""
+    """Quality for several policies and sizes in one run; `full` is always a row
+
+    Example: tova-mlx eval perplexity novel.txt --out results/novel
+    """
 
 
 evaluate.add_command(perplexity)
