@@ -155,7 +155,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> Path:
     axes.yaxis.set_major_formatter("{x:.0f}")
     axes.yaxis.set_minor_formatter("{x:.0f}")
     axes.set_xlabel("tokens kept per layer (max_kv_size)")
-    axes.set_ylabel("perplexity (lower is better)")
+    axes.set_ylabel("perplexity (lower is better; bars: standard error)")
     axes.set_title(
         f"{first['model']}, {first['text']}: {first['tokens']:,} tokens in contexts "
         f"of {first['context']:,}"

@@ -1,0 +1,240 @@
+"""Perplexity: what token by token gives, resumable, paired, and a figure."""
+
+import itertools
+import json
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+import tiny
+from click.testing import CliRunner
+
+from tova_mlx.cli import main
+from tova_mlx.errors import EvaluationError
+from tova_mlx.evaluation.perplexity import Perplexity, cut, plot
+from tova_mlx.evaluation.reading import new_cache, token_losses
+from tova_mlx.evaluation.results import Results, Setting, settings
+from tova_mlx.evaluation.statistics import mean_with_error, wilson
+
+COMMON = {
+    "model": "tiny",
+    "dtype": "float32",
+    "text": "noise",
+    "tokens": 600,
+    "context": 300,
+    "prefill_step_size": 64,
+}
+SAME = ("model", "dtype", "text", "tokens", "context")
+SETTINGS = settings(("streaming", "fade", "tova", "full"), (16, 64, 16))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.make()
+
+
+@pytest.fixture
+def windows():
+    return cut(tiny.tokens(700)[0].tolist(), 300, 650)
+
+
+def measure(model, windows, directory, step=64, progress=None):
+    results = Results(directory, COMMON, SAME)
+    perplexity = Perplexity(results, windows, step)
+    return perplexity, list(perplexity.run(model, SETTINGS, progress))
+
+
+def one_by_one(model, tokens, setting):
+    """Losses of a row of tokens, fed one at a time, in float64."""
+    cache, losses = new_cache(model, setting), []
+    for token, following in itertools.pairwise(tokens):
+        logits = model(mx.array([[token]]), cache=cache)[0, -1]
+        values = np.array(logits, np.float64)
+        losses.append(np.log(np.exp(values - values.max()).sum()) + values.max())
+        losses[-1] -= values[following]
+    return np.array(losses)
+
+
+def test_settings_have_full_and_tova_first_and_nothing_twice():
+    assert SETTINGS == [
+        ("full", None),
+        ("tova", 16),
+        ("streaming", 16),
+        ("fade", 16),
+        ("tova", 64),
+        ("streaming", 64),
+        ("fade", 64),
+    ]
+
+
+@pytest.mark.parametrize("setting", [SETTINGS[0], SETTINGS[1], SETTINGS[3]])
+@pytest.mark.parametrize("step", [1, 7, 300])
+def test_losses_are_those_of_token_by_token(model, windows, setting, step):
+    rows = windows[:, :120]
+    got = token_losses(model, mx.array(rows), setting, step)
+    want = np.array([one_by_one(model, row.tolist(), setting) for row in rows])
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    some = token_losses(model, mx.array(rows), setting, step, first=100)
+    np.testing.assert_allclose(some, got[:, 99:], atol=1e-5)
+
+
+def test_rows_say_what_was_measured(model, windows, tmp_path):
+    read = []
+    perplexity, rows = measure(model, windows, tmp_path, progress=read.append)
+    assert sum(read) == len(SETTINGS) * 2 * 299
+    assert [(r["policy"], r["max_kv_size"]) for r in rows] == SETTINGS
+    full, tova = rows[:2]
+    losses = token_losses(model, mx.array(windows), SETTINGS[0], 64)
+    assert full["value"] == pytest.approx(math.exp(losses.mean()), rel=1e-5)
+    assert full["n"] == 2 * 299
+    assert "ratio_to_full" not in full
+    ratio = tova["value"] / full["value"]
+    assert tova["ratio_to_full"] == pytest.approx(ratio, rel=1e-5)
+    assert "ratio_to_tova" not in tova
+    assert rows[2]["ratio_to_tova"] == pytest.approx(rows[2]["value"] / tova["value"])
+    assert perplexity.compare(SETTINGS[1], SETTINGS[1]) == (1, 0)
+    buckets = full["by_position"]
+    edges = [(b["from"], b["to"]) for b in buckets]
+    assert edges == [(1, 63), (64, 127), (128, 255), (256, 299)]
+    middle = math.exp(losses[:, 63:127].mean())
+    assert buckets[1]["perplexity"] == pytest.approx(middle, rel=1e-5)
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == rows
+
+
+def test_a_killed_run_goes_on_where_it_was(model, windows, tmp_path, monkeypatch):
+    calls = []
+
+    def killed(*arguments):
+        calls.append(arguments[2])
+        if len(calls) > 5:
+            raise KeyboardInterrupt
+        return token_losses(*arguments)
+
+    monkeypatch.setattr("tova_mlx.evaluation.perplexity.token_losses", killed)
+    with pytest.raises(KeyboardInterrupt):
+        measure(model, windows, tmp_path)
+    path = tmp_path / "results.jsonl"
+    written = path.read_text()
+    assert written.count("\n") == 2
+    path.write_text(written + '{"model": "ti')
+    calls.clear()
+    monkeypatch.setattr(
+        "tova_mlx.evaluation.perplexity.token_losses",
+        lambda *arguments: calls.append(arguments[2]) or token_losses(*arguments),
+    )
+    _, rows = measure(model, windows, tmp_path)
+    assert [c for c in dict.fromkeys(calls)] == SETTINGS[2:]
+    assert path.read_text().startswith(written)
+    assert len(rows) == len(path.read_text().splitlines()) == len(SETTINGS)
+    calls.clear()
+    measure(model, windows, tmp_path)
+    assert calls == []
+
+
+def test_losses_of_another_text_are_not_taken(model, windows, tmp_path):
+    measure(model, windows, tmp_path)
+    (tmp_path / "losses" / "noise-tova-16.npy").unlink()
+    perplexity, rows = measure(model, windows, tmp_path)
+    assert len(rows) == len(SETTINGS)
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == len(SETTINGS)
+    other = Results(tmp_path, {**COMMON, "text": "other"}, SAME)
+    assert other.rows() == []
+    assert Perplexity(other, windows, 64).missing(SETTINGS) == SETTINGS
+    assert perplexity.missing(SETTINGS) == []
+
+
+def test_the_figure_has_a_line_for_every_policy(model, windows, tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    _, rows = measure(model, windows, tmp_path)
+    path = plot(rows, tmp_path / "perplexity.png")
+    image = pyplot.imread(path)
+    assert image.std() > 0.05
+    assert image.shape[0] > 500
+    assert not pyplot.get_fignums()
+
+
+def test_a_text_too_short_is_refused():
+    with pytest.raises(EvaluationError, match="less than one context of 300"):
+        cut(list(range(299)), 300, 1000)
+    assert cut(list(range(901)), 300, 650).shape == (2, 300)
+
+
+def test_what_is_no_results_file_is_refused(tmp_path):
+    (tmp_path / "results.jsonl").write_text("not a row\n")
+    with pytest.raises(EvaluationError, match="no row of an evaluation"):
+        Results(tmp_path, COMMON, SAME)
+    with pytest.raises(EvaluationError, match="cannot be used"):
+        Results(tmp_path / "results.jsonl", COMMON, SAME)
+
+
+def test_errors_allow_for_neighbours_that_are_alike():
+    rng = np.random.default_rng(0)
+    independent = rng.standard_normal(64_000)
+    alike = np.repeat(rng.standard_normal(2000), 32)
+    mean, error = mean_with_error(independent)
+    assert error == pytest.approx(1 / math.sqrt(64_000), rel=0.1)
+    assert abs(mean) < 4 * error
+    assert mean_with_error(alike)[1] == pytest.approx(1 / math.sqrt(2000), rel=0.1)
+    assert math.isnan(mean_with_error([1.0, 2.0])[1])
+    low, high = wilson(10, 10)
+    assert (round(low, 2), high) == (0.72, 1)
+    assert wilson(0, 10)[0] == 0
+
+
+def test_memory_does_not_grow_with_the_text(model):
+    peaks = []
+    for n in (2000, 8000):
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        token_losses(model, tiny.tokens(n), Setting("tova", 64), 64)
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[1] < 1.2 * peaks[0]
+
+
+def test_the_losses_are_mlx_lms_own(model, windows):
+    tokens = mx.array(windows)
+    want = nn.losses.cross_entropy(model(tokens)[:, :-1], tokens[:, 1:])
+    got = token_losses(model, tokens, SETTINGS[0], 64)
+    np.testing.assert_allclose(got, np.array(want), atol=1e-4)
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ["eval", "perplexity", *map(str, arguments)])
+
+
+@pytest.mark.real_model
+def test_the_command_measures_and_goes_on(demo_path, text, tmp_path):
+    novel = tmp_path / "novel.txt"
+    novel.write_text(text, encoding="utf-8")
+    options = ["--model", demo_path, "--tokens", 256, "--context", 128]
+    options += ["--policy", "tova", "--max-kv-size", 32, "--out", tmp_path / "out"]
+    done = run(novel, *options, "--json")
+    assert done.exit_code == 0, done.output
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    needed = "task policy max_kv_size value unit n stderr model dtype tokens seed"
+    needed += " prefill_step_size versions device command date"
+    assert all(set(needed.split()) <= set(row) for row in rows)
+    assert rows[0]["value"] < rows[1]["value"] < 3 * rows[0]["value"]
+    again = run(novel, *options, "--policy", "fade")
+    assert again.exit_code == 0, again.output
+    lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
+    assert [json.loads(x)["policy"] for x in lines] == ["full", "tova", "fade"]
+    assert [json.loads(x) for x in lines[:2]] == rows
+    assert "fade          32" in again.stdout
+    assert (tmp_path / "out" / "perplexity.png").stat().st_size > 10_000
+
+
+def test_bad_input_is_one_line(tmp_path):
+    novel = tmp_path / "novel.txt"
+    done = run(novel, "--out", tmp_path)
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+    assert "cannot be read (No such file or directory)" in done.stderr
+    novel.write_bytes(b"\xff\xfe")
+    assert "it is not UTF-8" in run(novel, "--out", tmp_path).stderr
+    novel.write_text("Call me Ishmael.")
+    done = run(novel, "--max-kv-size", 2, "--out", tmp_path)
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+    assert "leaves no room" in done.stderr
