@@ -1,0 +1,371 @@
+"""Which tokens a policy keeps: how recent they are, and which kinds stay longest.
+
+A text is read with exact stepwise prefill, and all that is noted is the step at which
+each token left each layer (and KV head, if those choose on their own): one number a
+token. A lifetime is the number of steps after which the token was still there, so a
+window's is `max_kv_size`; a token that leaves at its own step has 0.
+
+Share of recent: of the tokens kept after a step, those among the newest `max_kv_size`
+seen, which is what a window would keep; the mean over all steps at which a token left.
+
+Mean lifetimes are Kaplan and Meier's, over as many steps as were read: a token still
+there at the end counts as one that stays for longer than could be seen.
+
+Source: "Transformers are Multi-State RNNs", arXiv 2401.06104, section 7.3.
+Differs from the source: it does not say what it calls recent. It counts a token still
+there at the end as if it left then, and its own step too: that way the mean over all
+tokens is the same for every policy. Its tags are NLTK's, ours those of `kinds`.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
+from mlx_lm.models.cache import CacheList
+
+from ..cache import PolicyKVCache
+from ..conversion import make_prompt_cache
+from ..errors import EvaluationError
+from ..layers import leaves
+from ..packed import Storage, gather
+from ..policies import POLICIES, Rule
+from ..slots import Slots
+from .kinds import ENOUGH, KINDS
+from .plots import new_figure, save, style
+from .reading import Progress
+from .results import Results, Setting
+from .statistics import mean_with_error
+
+# The step at which each token left, int32 [H', T]; T for one still there.
+Gone = npt.NDArray[np.int32]
+
+# How many of the first tokens are looked at one by one.
+N_FIRST = 4
+
+
+def first_tokens(ids: list[int], n_tokens: int, settings: list[Setting]) -> list[int]:
+    """As many tokens as wanted and there. Raises EvaluationError: none would leave."""
+    largest = max(s.max_kv_size or 0 for s in settings)
+    if min(n_tokens, len(ids)) <= largest:
+        wanted = f"--tokens {n_tokens}" if len(ids) >= n_tokens else "The text"
+        raise EvaluationError(
+            f"{wanted}: of {min(n_tokens, len(ids))} tokens none would leave with "
+            f"max_kv_size={largest}. Give a longer text, more --tokens or a smaller "
+            "--max-kv-size."
+        )
+    return ids[:n_tokens]
+
+
+def departures(
+    model: nn.Module,
+    ids: list[int],
+    setting: Setting,
+    step: int,
+    progress: Progress | None = None,
+    **options: Any,
+) -> dict[int, Gone]:
+    """When each token left, for every layer that a cache of ours bounds.
+
+    options: the policy's own.
+    """
+    n, (policy, size) = len(ids), setting
+    made = make_prompt_cache(model, size, policy=policy, journal=0, **options)
+    caches = [_watched(c) for c in made]
+    tokens = mx.array([ids])
+    noted: list[tuple[int, PolicyKVCache, list[Gone]]] = [
+        (layer, leaf, [])
+        for layer, cache in enumerate(caches)
+        for leaf in leaves([cache])
+        if isinstance(leaf, PolicyKVCache)
+    ]
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        model(tokens[:, start:stop], cache=caches)
+        mx.eval([c.state for c in caches])
+        for _, cache, parts in noted:
+            assert isinstance(cache.slots, _Watched)
+            parts.append(cache.slots.left())
+        mx.clear_cache()
+        if progress is not None:
+            progress(stop - start)
+    layers: dict[int, list[Gone]] = {}
+    for layer, cache, parts in noted:
+        # Some models make caches that they do not use.
+        if not cache.empty():
+            layers.setdefault(layer, []).append(_steps(cache, parts))
+    return {layer: np.concatenate(several) for layer, several in layers.items()}
+
+
+class _Watched(Slots):
+    """Slots that say which tokens left."""
+
+    def __init__(self, rule: Rule, storage: Storage):
+        # Without a journal a block does not tell who left.
+        super().__init__(rule, 1, storage)
+        self._left: mx.array | None = None
+
+    def note_gone(self, columns: mx.array) -> None:
+        if columns.size:
+            self._left = gather(self.positions, columns)
+        super().note_gone(columns)
+
+    def left(self) -> Gone:
+        """Positions [H', n] of those that left in the last update, in order of step."""
+        left, self._left = self._left, None
+        if self.victim is not None:
+            left = gather(self.positions, self.victim)
+        if left is None:
+            return np.zeros((1, 0), np.int32)
+        return np.array(left[0])
+
+
+def _watched(cache: Any) -> Any:
+    if type(cache) is CacheList:
+        return CacheList(*map(_watched, cache.caches))
+    if not isinstance(cache, PolicyKVCache):
+        return cache
+    slots = _Watched(cache.rule, cache.slots.storage)
+    return PolicyKVCache.of_slots(slots, cache.prefill, cache.shares)
+
+
+def _steps(cache: PolicyKVCache, parts: list[Gone]) -> Gone:
+    """The steps [H', T] of those that left in turn: one a step, once it is full."""
+    # Updates that evicted nothing do not know H'.
+    some = [part for part in parts if part.size] or parts[:1]
+    left = np.concatenate(some, axis=1)
+    assert left.shape[1] == cache.offset - cache.size(), "an eviction was missed"
+    gone = np.full((len(left), cache.offset), cache.offset, np.int32)
+    steps = np.arange(cache.size(), cache.offset)
+    np.put_along_axis(gone, left, np.broadcast_to(steps, left.shape), axis=1)
+    return gone
+
+
+def recent_share(gone: Gone, size: int, newest: int) -> npt.NDArray[np.float64]:
+    """The share [T - size] of the `size` kept that are among the `newest` seen.
+
+    After each step at which a token left; the mean over H'.
+    """
+    choosers, n = gone.shape
+    arrived = np.arange(n)
+    until = np.minimum(np.minimum(gone, arrived + newest), n)
+    ceased = np.bincount(until.ravel(), minlength=n + 1)[:n]
+    counts = choosers * (arrived + 1) - np.cumsum(ceased)
+    return counts[size:] / (choosers * size)
+
+
+def mean_lifetime(gone: Gone, chosen: npt.NDArray[np.bool_]) -> float:
+    """The mean steps that the chosen tokens [T] stay, of at most T; mean over H'."""
+    n = gone.shape[1]
+    arrived = np.arange(n)[chosen]
+    means = []
+    for steps in gone[:, chosen]:
+        left = steps < n
+        # One still there was seen not to leave through the last step, n - 1.
+        seen = np.where(left, steps, n - 1) - arrived
+        times, deaths = np.unique(seen[left], return_counts=True)
+        at_risk = len(seen) - np.searchsorted(np.sort(seen), times)
+        stay = np.concatenate([[1.0], np.cumprod(1 - deaths / at_risk)])
+        means.append((stay * np.diff([0, *times, n])).sum())
+    return float(np.mean(means))
+
+
+def first_survival(gone: Gone) -> tuple[list[float], list[float]]:
+    """Steps that the first tokens stay, and the share of H' where to the end."""
+    n = gone.shape[1]
+    first = gone[:, :N_FIRST]
+    steps = first - np.arange(first.shape[1])
+    return steps.mean(axis=0).tolist(), (first == n).mean(axis=0).tolist()
+
+
+class Kept:
+    """Rows of one text's tokens, of these kinds, under any settings."""
+
+    def __init__(self, results: Results, ids: list[int], kinds: list[str], step: int):
+        self.results, self.ids, self.step = results, ids, step
+        self._counts = {k: n for k in KINDS if (n := Counter(kinds)[k])}
+        self._kinds = np.array(kinds)
+
+    def missing(self, settings: list[Setting]) -> list[Setting]:
+        """The settings that have to be read for, in order; never `full`."""
+        bounded = (s for s in settings if s.max_kv_size is not None)
+        return [s for s in bounded if not self._complete(self._rows(s))]
+
+    def run(
+        self,
+        model: nn.Module,
+        settings: list[Setting],
+        progress: Progress | None = None,
+        began: Callable[[Setting], Any] = lambda setting: None,
+    ) -> Iterator[list[dict[str, Any]]]:
+        """The rows of each setting, one a layer, measured where they are missing."""
+        for setting in settings:
+            rows = self._rows(setting)
+            if not self._complete(rows):
+                if setting.max_kv_size is None:
+                    layers = {None: self._everything()}
+                else:
+                    began(setting)
+                    layers = self._measure(model, setting, progress)
+                there = {row["layer"] for row in rows}
+                rows += [
+                    self._add(setting, layer, len(layers), values)
+                    for layer, values in layers.items()
+                    if layer not in there
+                ]
+            yield sorted(rows, key=lambda row: row["layer"] or 0)
+
+    def _rows(self, setting: Setting) -> list[dict[str, Any]]:
+        return self.results.rows(task="kept", **setting._asdict())
+
+    @staticmethod
+    def _complete(rows: list[dict[str, Any]]) -> bool:
+        return bool(rows) and len(rows) == rows[0]["layers"]
+
+    def _add(
+        self, setting: Setting, layer: int | None, n: int, values: dict[str, Any]
+    ) -> dict[str, Any]:
+        return self.results.add(
+            setting,
+            task="kept",
+            unit="share",
+            layer=layer,
+            layers=n,
+            **values,
+            counts=self._counts,
+        )
+
+    def _everything(self) -> dict[str, Any]:
+        """What is true of `full`: nothing is read for it."""
+        n = len(self.ids)
+        first = range(n)[:N_FIRST]
+        return {
+            "value": 1.0,
+            "stderr": None,
+            "n": n,
+            "share_newest_half": None,
+            "first_token_steps": n,
+            "first_tokens_steps": [n - i for i in first],
+            "first_tokens_stay": [1.0 for _ in first],
+            "lifetimes": {},
+            "relative": {},
+        }
+
+    def _measure(
+        self, model: nn.Module, setting: Setting, progress: Progress | None
+    ) -> dict[int, dict[str, Any]]:
+        layers = departures(model, self.ids, setting, self.step, progress)
+        if not layers:
+            raise EvaluationError(
+                f"{type(model).__module__} bounds all its layers itself, so a policy "
+                "decides nothing in it. Use another model."
+            )
+        assert setting.max_kv_size is not None
+        return {
+            layer: self._values(gone, setting.max_kv_size)
+            for layer, gone in layers.items()
+        }
+
+    def _values(self, gone: Gone, size: int) -> dict[str, Any]:
+        shares = recent_share(gone, size, size)
+        # What is kept is renewed in as many steps: less would not be independent.
+        value, error = mean_with_error(shares, block=size)
+        steps, stay = first_survival(gone)
+        lifetimes = {"all": mean_lifetime(gone, np.ones(gone.shape[1], np.bool_))}
+        for kind in self._counts:
+            lifetimes[kind] = mean_lifetime(gone, self._kinds == kind)
+        return {
+            "value": value,
+            "stderr": error if math.isfinite(error) else None,
+            "n": len(shares),
+            "share_newest_half": float(recent_share(gone, size, size // 2).mean()),
+            "first_token_steps": steps[0],
+            "first_tokens_steps": steps,
+            "first_tokens_stay": stay,
+            "lifetimes": lifetimes,
+            "relative": relative([lifetimes]),
+        }
+
+
+def relative(lifetimes: list[dict[str, float]]) -> dict[str, float]:
+    """Mean lifetimes of the kinds as multiples of that of all tokens, over layers."""
+    every = sum(layer["all"] for layer in lifetimes)
+    kinds = [kind for kind in lifetimes[0] if kind != "all"]
+    return {k: sum(layer[k] for layer in lifetimes) / every for k in kinds}
+
+
+def plot(settings: list[list[dict[str, Any]]], path: Path) -> Path | None:
+    """Per size, the share of recent by layer and the lifetimes by kind.
+
+    settings: the rows of each; None if there is none but `full`.
+    """
+    bounded = [rows for rows in settings if rows[0]["max_kv_size"] is not None]
+    if not bounded:
+        return None
+    bounded.sort(key=lambda rows: list(POLICIES).index(rows[0]["policy"]))
+    sizes = sorted({rows[0]["max_kv_size"] for rows in bounded})
+    figure, axes = new_figure(
+        13,
+        0.9 + 3.6 * len(sizes),
+        nrows=len(sizes),
+        ncols=2,
+        squeeze=False,
+        width_ratios=(2, 3),
+    )
+    for (left, right), size in zip(axes, sizes, strict=True):
+        mine = [rows for rows in bounded if rows[0]["max_kv_size"] == size]
+        _plot_shares(left, mine, size)
+        _plot_lifetimes(right, mine, size)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    first = bounded[0][0]
+    figure.suptitle(
+        f"Which tokens are kept: {first['model']}, {first['text']}, "
+        f"{first['tokens']:,} tokens"
+    )
+    return save(figure, path)
+
+
+def _plot_shares(axes: Any, settings: list[list[dict[str, Any]]], size: int) -> None:
+    for rows in settings:
+        axes.plot(
+            [row["layer"] for row in rows],
+            [100 * row["value"] for row in rows],
+            markersize=4,
+            **style(rows[0]["policy"]),
+        )
+    axes.set_xlabel("layer")
+    axes.set_ylabel(f"share of the newest {size} (%)")
+    lowest = min(row["value"] for rows in settings for row in rows)
+    axes.set_ylim(max(0, 100 * lowest - 8), 102)
+    axes.set_title(f"Recent tokens among the {size} kept")
+    axes.grid(alpha=0.3)
+
+
+def _plot_lifetimes(axes: Any, settings: list[list[dict[str, Any]]], size: int) -> None:
+    counts = settings[0][0]["counts"]
+    width = 0.84 / len(settings)
+    for i, rows in enumerate(settings):
+        ratios = relative([row["lifetimes"] for row in rows])
+        look = style(rows[0]["policy"])
+        bars = axes.bar(
+            np.arange(len(counts)) + (i - (len(settings) - 1) / 2) * width,
+            [ratios[kind] for kind in counts],
+            width,
+            color=look["color"],
+        )
+        for bar, n in zip(bars, counts.values(), strict=True):
+            bar.set_alpha(1 if n >= ENOUGH else 0.3)
+    axes.axhline(1, color="#555555", linestyle="--", linewidth=1)
+    names = [f"{k.replace(' ', chr(10))}\n({n})" for k, n in counts.items()]
+    axes.set_xticks(range(len(counts)), names)
+    few = f"; pale: fewer than {ENOUGH}" if min(counts.values()) < ENOUGH else ""
+    axes.set_xlabel(f"kind of token (how many were read{few})")
+    axes.set_ylabel("lifetime, times that of all tokens")
+    axes.set_title(f"How long each kind stays, {size} kept")
+    axes.grid(axis="y", alpha=0.3)
