@@ -1,0 +1,400 @@
+"""A fact hidden in a real text and asked for at its end: which cache still knows it?
+
+Every setting gets the same cases. The prompt ends with the opening of the answer, as in
+RULER (arXiv 2404.06654): what counts is what is remembered, not how it is phrased.
+Small models answer wrongly all the same; the log-probability of the right answer tells
+policies apart even then.
+"""
+
+import copy
+import random
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
+from mlx_lm import stream_generate
+
+from ..errors import EvaluationError
+from .plots import new_figure, save
+from .reading import Progress, new_cache
+from .results import Results, Setting
+from .statistics import mean_with_error, wilson
+
+# Tokens that a greedy answer may have beyond the right one.
+SLACK = 8
+
+_PROMPT = "Read this text. A question about it follows.\n\n{}\n\nQuestion: {}"
+_CITIES = "Lisbon Geneva Nairobi Havana Oslo Kyoto Quito Dublin Cairo Prague Lima Perth"
+_ACTIVITIES = (
+    "feed the parrots, paint a wooden boat, drink plum tea, count the red balloons, "
+    "fly a paper dragon, borrow a yellow bicycle, taste frozen honey, race the blind "
+    "snails, listen to the brass clocks, juggle seven lemons"
+)
+_PLACES = (
+    "beside the old mill, under the glass bridge, behind the cheese museum, on the "
+    "floating market, in the copper lighthouse, above the tram station, near the "
+    "sleeping volcano, inside the velvet theatre"
+)
+_SMALL_WORDS = "a the to beside under behind on in above near inside"
+
+# After a full stop and closing marks, before what a sentence can begin with.
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)]*(?=\s+[\"'“‘(]*[A-Z])")
+_NO_END = re.compile(
+    r"\b(Mrs?|Messrs|Dr|St|Esq|Capt|Col|Gen|Lieut|Prof|Rev|Hon|No|Vol|[A-Z])\.$"
+)
+
+
+class Fact(NamedTuple):
+    """Opening and answer are what is hidden; the question asks for the answer."""
+
+    question: str
+    opening: str
+    answer: str
+
+    @property
+    def needle(self) -> str:
+        return f"{self.opening} {self.answer}."
+
+    def is_hit(self, said: str) -> bool:
+        """Whether an answer has all words of the right one but the small ones."""
+        return _words(self.answer) <= _words(said)
+
+
+def _words(text: str) -> set[str]:
+    text = re.sub(r"(?<=\d),(?=\d{3})", "", text.lower())
+    return set(re.findall(r"\d+|[^\W\d]+", text)) - set(_SMALL_WORDS.split())
+
+
+def _digits(rng: random.Random) -> Fact:
+    number = str(rng.randrange(10_000, 100_000))
+    return Fact("What is the secret number?", "The secret number is", number)
+
+
+def _sentence(rng: random.Random) -> Fact:
+    best = f"the best thing to do in {rng.choice(_CITIES.split())}"
+    activity, place = (rng.choice(x.split(", ")) for x in (_ACTIVITIES, _PLACES))
+    return Fact(f"What is {best}?", f"T{best[1:]} is to", f"{activity} {place}")
+
+
+KINDS: dict[str, Callable[[random.Random], Fact]] = {
+    "digits": _digits,
+    "sentence": _sentence,
+}
+
+
+def sentences(text: str) -> list[str]:
+    """A text, its lines joined to paragraphs, cut where its sentences end."""
+    paragraphs = (" ".join(p.split()) for p in re.split(r"\n\s*\n", text))
+    text = "\n\n".join(p for p in paragraphs if p)
+    ends = (m.end() for m in _SENTENCE_END.finditer(text))
+    cuts = [e for e in ends if not _NO_END.search(text[max(0, e - 9) : e])]
+    pairs = zip([0, *cuts], [*cuts, len(text)], strict=True)
+    return [text[a:b] for a, b in pairs if b > a]
+
+
+class Haystack:
+    """Sentences of a text, and how many tokens they have with a tokenizer."""
+
+    def __init__(self, text: str, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.sentences = sentences(text)
+        self._anchor = len(self._encode("."))
+        # Tokens before each sentence, and of all.
+        self.ends = np.cumsum([0, *map(self.count, self.sentences)])
+
+    def count(self, text: str) -> int:
+        """Tokens of a text that follows another."""
+        # Some tokenizers begin a text in a way of its own.
+        return len(self._encode(f".{text}")) - self._anchor
+
+    def hide(self, needle: str, length: int, depth: float, rng: random.Random) -> str:
+        """A drawn part of the text with the needle in it, `length` tokens together.
+
+        It ends where a sentence does and begins where it must, at a word. The needle
+        stands at the sentence boundary nearest to `depth`, a share of the part.
+        Raises EvaluationError: not enough text, or no room for it.
+        """
+        size = self.count(f" {needle}")
+        if length < 4 * size:
+            raise EvaluationError(
+                f"--length {length} leaves no room for a text around a fact of {size} "
+                f"tokens. Use {8 * size} or more."
+            )
+        stops = np.flatnonzero(self.ends >= length - size)
+        if not len(stops):
+            raise EvaluationError(
+                f"--text has {self.ends[-1]} tokens, and --length {length} needs "
+                f"{length - size} around the fact. Give a longer text, or a smaller "
+                "--length."
+            )
+        stop = rng.choice(stops.tolist())
+        begin = self.ends[stop] - (length - size)
+        first = int(np.searchsorted(self.ends, begin, side="right"))
+        head = self._end_of(self.sentences[first - 1], int(self.ends[first] - begin))
+        parts = [head, *self.sentences[first:stop]]
+        inside = np.array([0, *(self.ends[first : stop + 1] - begin)])
+        at = int(np.abs(inside - depth * inside[-1]).argmin())
+        before, after = "".join(parts[:at]).strip(), "".join(parts[at:]).strip()
+        return " ".join(part for part in (before, needle, after) if part)
+
+    def _end_of(self, sentence: str, n_tokens: int) -> str:
+        """The words at the end of a sentence that are nearest to `n_tokens`."""
+        starts = [m.start() for m in re.finditer(r"\s+|^|$", sentence)]
+        ends = (sentence[start:] for start in starts)
+        return min(ends, key=lambda end: abs(self.count(end) - n_tokens))
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+
+class Cell(NamedTuple):
+    """Where cases differ on purpose. length: tokens; depth: a share, 1 is the end."""
+
+    kind: str
+    length: int
+    depth: float
+
+
+class Case(NamedTuple):
+    """A fact in a text; the tokens of the prompt, and of the right answer after it."""
+
+    fact: Fact
+    text: str
+    prompt: list[int]
+    answer: list[int]
+
+
+def draw(haystack: Haystack, cell: Cell, n: int, seed: int) -> list[Case]:
+    """The cases of a cell; they do not depend on what other cells there are.
+
+    Raises EvaluationError as `Haystack.hide` does.
+    """
+    cases = []
+    for i in range(n):
+        rng = random.Random(f"{seed} {cell.kind} {cell.length} {cell.depth:g} {i}")
+        fact = KINDS[cell.kind](rng)
+        text = haystack.hide(fact.needle, cell.length, cell.depth, rng)
+        cases.append(Case(fact, text, *_prompt(haystack.tokenizer, fact, text)))
+    return cases
+
+
+def check_template(tokenizer: Any, model: str) -> None:
+    """Raises EvaluationError: a model that nobody can ask anything."""
+    if not tokenizer.has_chat_template:
+        raise EvaluationError(
+            f"{model} has no chat template, so it cannot be asked a question. Use an "
+            "instruction-tuned model."
+        )
+
+
+def _prompt(tokenizer: Any, fact: Fact, text: str) -> tuple[list[int], list[int]]:
+    """Tokens up to the opening of the answer, and of the answer."""
+    asked: str = tokenizer.apply_chat_template(
+        [{"role": "user", "content": _PROMPT.format(text, fact.question)}],
+        add_generation_prompt=True,
+        tokenize=False,
+        enable_thinking=False,
+    )
+    opened = asked + fact.opening
+    prompt = tokenizer.encode(opened, add_special_tokens=False)
+    whole = tokenizer.encode(f"{opened} {fact.answer}", add_special_tokens=False)
+    # The last token may grow with what follows it.
+    pairs = enumerate(zip(prompt, whole, strict=False))
+    n = next((i for i, (a, b) in pairs if a != b), len(prompt))
+    return whole[:n], whole[n:]
+
+
+class Outcome(NamedTuple):
+    """What a model said; the mean log-probability of the right tokens, in nats."""
+
+    said: str
+    hit: bool
+    log_probability: float
+
+
+def ask(
+    model: nn.Module,
+    tokenizer: Any,
+    case: Case,
+    setting: Setting,
+    step: int,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Read a case's prompt once, then answer greedily, then be told the answer."""
+    cache = new_cache(model, setting)
+    tokens = mx.array(case.prompt + case.answer)[None]
+    last = len(case.prompt) - 1
+    for start in range(0, last, step):
+        stop = min(start + step, last)
+        model(tokens[:, start:stop], cache=cache)
+        mx.eval([c.state for c in cache])
+        mx.clear_cache()
+        if progress is not None:
+            progress(stop - start)
+    pieces = stream_generate(
+        model,
+        tokenizer,
+        case.prompt[last:],
+        max_tokens=len(case.answer) + SLACK,
+        prompt_cache=copy.deepcopy(cache),
+    )
+    said = "".join(piece.text for piece in pieces)
+    logits = model(tokens[:, last:-1], cache=cache).astype(mx.float32)
+    losses = nn.losses.cross_entropy(logits, tokens[:, last + 1 :])
+    return Outcome(said, case.fact.is_hit(said), -float(np.array(losses).mean()))
+
+
+class Needle:
+    """Rows of all cells under any settings. cells: as `draw` gives their cases."""
+
+    def __init__(self, results: Results, cells: dict[Cell, list[Case]], step: int):
+        self.results, self.cells, self.step = results, cells, step
+
+    def to_read(self, settings: list[Setting]) -> int:
+        """Tokens of the prompts that are still to be read."""
+        return sum(
+            len(case.prompt) - 1
+            for cell, cases in self.cells.items()
+            for setting in settings
+            if self._row(setting, cell) is None
+            for case in cases
+        )
+
+    def run(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        settings: list[Setting],
+        progress: Progress | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """One row per cell and setting, measured where it is missing."""
+        for cell, cases in self.cells.items():
+            for setting in settings:
+                row = self._row(setting, cell)
+                if row is None:
+                    outcomes = [
+                        ask(model, tokenizer, case, setting, self.step, progress)
+                        for case in cases
+                    ]
+                    values = _values(cell, cases, outcomes)
+                    row = self.results.add(setting, **values)
+                yield row
+
+    def _row(self, setting: Setting, cell: Cell) -> dict[str, Any] | None:
+        wanted = {**setting._asdict(), **cell._asdict()}
+        rows = self.results.rows(task="needle", **wanted)
+        return rows[0] if rows else None
+
+
+def _values(cell: Cell, cases: list[Case], outcomes: list[Outcome]) -> dict[str, Any]:
+    log_probabilities = [outcome.log_probability for outcome in outcomes]
+    return {
+        "task": "needle",
+        "unit": "accuracy",
+        **_share(sum(outcome.hit for outcome in outcomes), len(outcomes)),
+        **_mean(log_probabilities),
+        **cell._asdict(),
+        "tokens": float(np.mean([len(case.prompt) for case in cases])),
+        "log_probabilities": log_probabilities,
+        "answers": [outcome.said for outcome in outcomes],
+    }
+
+
+def _share(hits: int, n: int) -> dict[str, Any]:
+    value = hits / n
+    error = (value * (1 - value) / n) ** 0.5
+    return {"value": value, "n": n, "stderr": error, "interval": wilson(hits, n)}
+
+
+def _mean(log_probabilities: list[float]) -> dict[str, Any]:
+    # Cases are independent: each is a block. JSON has no NaN.
+    mean, error = mean_with_error(log_probabilities, block=1)
+    return {
+        "mean_log_probability": mean,
+        "mean_log_probability_stderr": error if len(log_probabilities) > 1 else None,
+    }
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per setting and kind, over all cells: accuracy and mean log-probability."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        key = (row["policy"], row["max_kv_size"], row["kind"])
+        groups.setdefault(key, []).append(row)
+    return [
+        {
+            "policy": policy,
+            "max_kv_size": size,
+            "kind": kind,
+            **_share(
+                sum(round(r["value"] * r["n"]) for r in some), sum(r["n"] for r in some)
+            ),
+            **_mean([p for r in some for p in r["log_probabilities"]]),
+        }
+        for (policy, size, kind), some in groups.items()
+    ]
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> Path:
+    """A heat map per setting, depth by length, of means over kinds.
+
+    Colour: log-probability of the right answer; number: share of hits.
+    """
+    panels: dict[Setting, list[dict[str, Any]]] = {}
+    for row in rows:
+        setting = Setting(row["policy"], row["max_kv_size"])
+        panels.setdefault(setting, []).append(row)
+    lengths = sorted({row["length"] for row in rows})
+    depths = sorted({row["depth"] for row in rows})
+
+    def means(some: list[dict[str, Any]], name: str) -> npt.NDArray[np.float64]:
+        grid = np.full((len(depths), len(lengths)), np.nan)
+        for i, j in np.ndindex(grid.shape):
+            place = depths[i], lengths[j]
+            here = [r[name] for r in some if (r["depth"], r["length"]) == place]
+            grid[i, j] = np.mean(here) if here else np.nan
+        return grid
+
+    colours = [means(some, "mean_log_probability") for some in panels.values()]
+    # Where all is well nothing shall look bad.
+    worst = min(-1.0, float(np.nanmin(colours)))
+    n_columns = min(4, len(panels))
+    n_rows = -(-len(panels) // n_columns)
+    figure, grid = new_figure(
+        max(7.5, 2 + n_columns * max(1.9, 0.55 * len(lengths))),
+        max(4, 1.5 + n_rows * max(1.7, 0.35 * len(depths))),
+        nrows=n_rows,
+        ncols=n_columns,
+        squeeze=False,
+    )
+    used = grid.flat[: len(panels)].tolist()
+    for axes in grid.flat[len(panels) :]:
+        axes.remove()
+    image = None
+    for axes, (setting, some), colour in zip(
+        used, panels.items(), colours, strict=True
+    ):
+        image = axes.imshow(colour, vmin=worst, vmax=0, cmap="cividis", aspect="auto")
+        axes.set_title(str(setting))
+        axes.set_xticks(range(len(lengths)), [str(n) for n in lengths])
+        axes.set_yticks(range(len(depths)), [f"{d:g}" for d in depths])
+        for (i, j), share in np.ndenumerate(means(some, "value")):
+            if np.isfinite(share):
+                ink = "white" if colour[i, j] < worst / 2 else "black"
+                axes.text(j, i, f"{share:.0%}", color=ink, ha="center", va="center")
+    first = rows[0]
+    kinds = " and ".join(dict.fromkeys(row["kind"] for row in rows))
+    figure.suptitle(
+        f"{first['model']}, {kinds} hidden in {first['text']}\n"
+        "colour: mean log-probability of the right answer; number: accuracy"
+    )
+    figure.supxlabel("length of the text (tokens)")
+    figure.supylabel("depth of the fact (share of the text)")
+    bar = figure.colorbar(image, ax=used)
+    bar.set_label("mean log-probability (nats per token)")
+    return save(figure, path)
