@@ -110,8 +110,7 @@ class Perplexity:
 
     def _path(self, setting: Setting) -> Path:
         name = str(setting).replace(" ", "-")
-        text = self.results.common["text"]
-        return self.results.directory / "losses" / f"{text}-{name}.npy"
+        return self.results.directory / "losses" / self.results.name / f"{name}.npy"
 
     def _saved(self, setting: Setting) -> Losses | None:
         path = self._path(setting)
@@ -123,7 +122,7 @@ class Perplexity:
 
     def _save(self, setting: Setting, losses: Losses) -> None:
         path = self._path(setting)
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.with_suffix(".new").open("wb") as file:
             np.save(file, losses)
         os.replace(path.with_suffix(".new"), path)

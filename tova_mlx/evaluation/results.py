@@ -9,6 +9,7 @@ import platform
 import shlex
 import sys
 import time
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +50,8 @@ class Results:
     def __init__(self, directory: Path, common: dict[str, Any], same: tuple[str, ...]):
         self.directory, self.common = directory, common
         self._key = {name: common[name] for name in same}
+        # For files beside the rows that must not be taken for another run's.
+        self.name = sha256(json.dumps(self._key).encode()).hexdigest()[:12]
         self.path = directory / "results.jsonl"
         try:
             directory.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ...evaluation.kinds import ENOUGH
-from .options import begin, check_settings, eval_options, read_text
+from .options import begin, check_settings, eval_options, first_ids, named, read_text
 
 
 @click.command(short_help="Which tokens are kept")
@@ -42,11 +42,11 @@ def kept(text: Path, as_json: bool, **options: Any) -> None:
     from ...evaluation.results import Results, settings
 
     wanted = settings(options["policies"], options["sizes"])
-    # Enough characters for the tokens wanted, not the whole book.
-    ids = list(tokenizer.encode(written[: 16 * options["tokens"]]))
+    ids = first_ids(tokenizer, written, options["tokens"])
     ids = first_tokens(ids, options["tokens"], wanted)
-    common |= {"text": text.stem, "tokens": len(ids)}
-    results = Results(options["out"], common, ("model", "dtype", "text", "tokens"))
+    common |= {**named(text, written), "tokens": len(ids)}
+    same = ("model", "dtype", "text", "text_sha256", "tokens")
+    results = Results(options["out"], common, same)
     kinds = token_kinds(tokenizer, ids)
     measured = Kept(results, ids, kinds, options["prefill_step_size"])
     to_read = len(measured.missing(wanted)) * len(ids)

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from hashlib import sha256
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import click
 
 from ...errors import EvaluationError
-from .options import begin, check_settings, eval_options, read_text
+from .options import begin, check_settings, eval_options, named, read_text
 
 
 def _shares(
@@ -89,11 +88,7 @@ def needle(text: Path, as_json: bool, **options: Any) -> None:
     from ...evaluation.results import Results, settings
 
     task.check_template(tokenizer, common["model"])
-    common |= {
-        "text": text.stem,
-        "text_sha256": sha256(written.encode()).hexdigest()[:16],
-        "cases": options["n_cases"],
-    }
+    common |= {**named(text, written), "cases": options["n_cases"]}
     haystack = task.Haystack(written, tokenizer)
     cells = {
         cell: task.draw(haystack, cell, options["n_cases"], options["seed"])

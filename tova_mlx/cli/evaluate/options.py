@@ -1,6 +1,7 @@
 """Options that the evaluations share, and what they begin with."""
 
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -114,3 +115,15 @@ def read_text(path: Path) -> str:
         raise EvaluationError(
             f"{path}: cannot be read ({reason}). Name a text file in UTF-8."
         ) from error
+
+
+def named(path: Path, text: str) -> dict[str, str]:
+    """What rows say of a text: its name, and a hash that tells it from others."""
+    return {"text": path.stem, "text_sha256": sha256(text.encode()).hexdigest()[:16]}
+
+
+def first_ids(tokenizer: Any, text: str, n_tokens: int) -> list[int]:
+    """At least the first `n_tokens` tokens, if the text has them, not all of a book."""
+    # 16 characters a token are more than any text has; quietly, for the warning about
+    # the model's context is not meant for who reads in windows.
+    return list(tokenizer.encode(text[: 16 * n_tokens], verbose=False))

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .options import begin, check_settings, eval_options, read_text
+from .options import begin, check_settings, eval_options, first_ids, named, read_text
 
 
 @click.command(short_help="Perplexity of a long text")
@@ -43,15 +43,14 @@ def perplexity(text: Path, as_json: bool, **options: Any) -> None:
     from ...evaluation.perplexity import Perplexity, cut, plot
     from ...evaluation.results import Results, settings
 
-    # Enough characters for the tokens wanted, not the whole book.
-    ids = tokenizer.encode(written[: 16 * options["tokens"]])
+    ids = first_ids(tokenizer, written, options["tokens"])
     windows = cut(ids, options["context"], options["tokens"])
     common |= {
-        "text": text.stem,
+        **named(text, written),
         "tokens": windows.size,
         "context": windows.shape[1],
     }
-    same = ("model", "dtype", "text", "tokens", "context")
+    same = ("model", "dtype", "text", "text_sha256", "tokens", "context")
     results = Results(options["out"], common, same)
     step = min(options["prefill_step_size"], windows.shape[1])
     measured = Perplexity(results, windows, step)
