@@ -28,7 +28,10 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["quality", "packed"])
+TABLES = ["quality", "packed", "perplexity", "needle", "kept"]
+
+
+@pytest.mark.parametrize("name", TABLES)
 def test_the_quality_tables_are_those_of_the_results(name):
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "quality_table.py")],

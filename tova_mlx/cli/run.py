@@ -22,7 +22,8 @@ def run(tool: str, arguments: tuple[str, ...], **options: Any) -> None:
     """mlx-lm's own tools in bounded memory
 
     What stands before TOOL are options of the caches; what follows it goes to
-    mlx-lm's tool as it is, --help too.
+    mlx-lm's tool as it is, --help too. evaluate is lm-evaluation-harness and comes
+    with the extra eval.
 
     Example: tova-mlx run --max-kv-size 512 generate --model demo --prompt "Why?"
     """

@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-from ..errors import UnsupportedModelError
+from ..errors import EvaluationError, UnsupportedModelError
 from .models import directory, load_with
 from .options import cache_arguments
 
-TOOLS = ("cache_prompt", "chat", "generate")
+TOOLS = ("cache_prompt", "chat", "evaluate", "generate")
 
 
 def run_tool(tool: str, arguments: Sequence[str], options: dict[str, Any]) -> None:
@@ -28,7 +28,7 @@ def run_tool(tool: str, arguments: Sequence[str], options: dict[str, Any]) -> No
             f"mlx_lm.{tool} splits the heads of a layer among machines, so no policy "
             "sees all of them. Run it on one."
         )
-    module: Any = importlib.import_module(f"mlx_lm.{tool}")
+    module = _module(tool)
     loader: Callable[..., Any] = module.load
 
     def load(name: str, *arguments: Any, **keywords: Any) -> Any:
@@ -44,6 +44,17 @@ def run_tool(tool: str, arguments: Sequence[str], options: dict[str, Any]) -> No
         module.main()
     finally:
         module.load, sys.argv = loader, before
+
+
+def _module(tool: str) -> Any:
+    try:
+        return importlib.import_module(f"mlx_lm.{tool}")
+    except ModuleNotFoundError as error:
+        if error.name != "lm_eval":
+            raise
+        raise EvaluationError(
+            'mlx_lm.evaluate needs lm-eval. Run: pip install "tova_mlx[eval]"'
+        ) from error
 
 
 def _bound(totals: dict[str, Any], options: dict[str, Any]) -> str:

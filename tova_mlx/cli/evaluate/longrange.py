@@ -1,8 +1,197 @@
-"""tova-mlx eval longrange."""
+"""tova-mlx eval longrange: summaries, answers and stories over long texts."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..models import directory
+from .options import begin, check_settings, eval_options, read_text
+
+if TYPE_CHECKING:
+    from ...evaluation.longrange import Task
+    from ...evaluation.tasks import Example
+
+# Tokens an answer may have: as many as most of the references.
+MAX_TOKENS = {"squality": 384, "qasper": 64, "story": 256}
+_DATA = {"squality": "squality", "qasper": "qasper", "story": "text"}
+
 
 @click.command(short_help="Summaries, answers and stories over long texts")
-def longrange() -> None:
-    """Summaries, answers and stories over long texts"""
+@eval_options(sizes=(256, 512, 1024))
+@click.option(
+    "--task",
+    "tasks",
+    type=click.Choice(list(MAX_TOKENS)),
+    multiple=True,
+    help="What is asked; may be given several times.  [default: all with data]",
+)
+@click.option(
+    "--squality",
+    metavar="FILE_OR_HUB_ID",
+    help="SQuALITY's JSON lines: a file, or owner/name[/FILE.jsonl] on the hub.",
+)
+@click.option(
+    "--qasper",
+    metavar="FILE_OR_HUB_ID",
+    help="QASPER as L-Eval packs it: a file, or owner/name[/FILE.jsonl] on the hub.",
+)
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="A text file whose passages the stories go on from.",
+)
+@click.option(
+    "--examples",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Questions or stories per task, from as many documents as can be.",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    help="Tokens of an answer at most, and of a story exactly.  [default: squality "
+    "384, qasper 64, story 256]",
+)
+@click.option(
+    "--story-tokens",
+    type=click.IntRange(min=1),
+    default=1024,
+    show_default=True,
+    help="Tokens of a passage that a story goes on from.",
+)
+@click.option(
+    "--temp",
+    type=click.FloatRange(min=0),
+    default=0.7,
+    show_default=True,
+    help="Sampling temperature of stories; answers and summaries are greedy.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def longrange(as_json: bool, **options: Any) -> None:
+    """Summaries (SQuALITY), answers (QASPER) and stories over long texts
+
+    Scored by ROUGE-L, token F1, and the full model's perplexity of a story. Rows go to
+    results.jsonl in --out, what was written to answers.jsonl, the figure to
+    longrange.png.
+
+    Example: tova-mlx eval longrange --qasper qasper.jsonl --text novel.txt
+    --max-kv-size 512 --out results/longrange
+    """
+    names = _chosen(options)
+    check_settings(options)
+    from ...evaluation.scores import rouge
+
+    # Before hours of work, not after them.
+    if "squality" in names:
+        rouge()
+    examples = {name: _questions(name, options) for name in names if name != "story"}
+    text = read_text(options["text"]) if "story" in names else ""
+    path = directory(options["model"])
+    model, tokenizer, common = begin({**options, "model": path})
+    from ...evaluation.answers import Answers
+    from ...evaluation.longrange import LongRange, plot
+    from ...evaluation.prompts import Prompts, trained_context
+    from ...evaluation.results import Results, settings
+    from ...evaluation.tasks import load_story
+
+    prompts = Prompts(tokenizer, trained_context(path))
+    if text:
+        how = (options["examples"], options["story_tokens"], tokenizer)
+        examples["story"] = load_story(text, *how)
+    tasks = [_task(name, examples[name], prompts, options) for name in names]
+    results = Results(options["out"], common, ("model", "dtype"))
+    answers = Answers(options["out"], {n: common[n] for n in ("model", "dtype")})
+    step = options["prefill_step_size"]
+    measured = LongRange(model, tokenizer, results, answers, step)
+    wanted = settings(options["policies"], options["sizes"])
+    rows = []
+    to_do = measured.cost(tasks, wanted)
+    with click.progressbar(length=to_do, file=sys.stderr, label=" " * 24) as bar:
+
+        def began(task: Any, setting: Any) -> None:
+            bar.label = f"{f'{task.name} {setting}':24}"
+
+        for row in measured.run(tasks, wanted, bar.update, began):
+            rows.append(row)
+            plot(rows, options["out"] / "longrange.png")
+    if as_json:
+        paths = {"path": str(results.path), "answers": str(answers.path)}
+        click.echo(json.dumps({"rows": rows, **paths}))
+        return
+    click.echo(_table(rows))
+
+
+def _chosen(options: dict[str, Any]) -> list[str]:
+    """The tasks to run. Raises UsageError where tasks and data do not agree."""
+    given = [name for name in MAX_TOKENS if options[_DATA[name]] is not None]
+    chosen = [name for name in MAX_TOKENS if name in options["tasks"]] or given
+    if not chosen:
+        raise click.UsageError("Give --squality, --qasper or --text, or several.")
+    for name in MAX_TOKENS:
+        if name in chosen and name not in given:
+            raise click.UsageError(f"--task {name} needs --{_DATA[name]}.")
+        if name in given and name not in chosen:
+            raise click.UsageError(
+                f"--{_DATA[name]} is given, but no --task {name} to read it."
+            )
+    return chosen
+
+
+def _questions(name: str, options: dict[str, Any]) -> "list[Example]":
+    from ...evaluation.tasks import load_qasper, load_squality
+
+    load = load_squality if name == "squality" else load_qasper
+    return load(options[name], options["examples"])
+
+
+def _task(
+    name: str, examples: "list[Example]", prompts: Any, options: dict[str, Any]
+) -> "Task":
+    from ...evaluation.longrange import Task
+
+    max_tokens = options["max_tokens"] or MAX_TOKENS[name]
+    made = [prompts.make(name, example, max_tokens) for example in examples]
+    cut = [p.cut_tokens for p in made if p.cut_tokens]
+    if cut:
+        click.echo(
+            f"{name}: {len(cut)} of {len(made)} documents do not fit the "
+            f"{prompts.context:,} tokens that the model was trained for; "
+            f"{sum(cut):,} tokens are cut from their middles.",
+            err=True,
+        )
+    source = options[_DATA[name]]
+    local = Path(source).expanduser()
+    data = local.name if local.is_file() else source
+    drawn = (options["temp"], options["seed"]) if name == "story" else ()
+    return Task(name, data, examples, made, max_tokens, *drawn)
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    head = f"{'task':9} {'unit':10} {'policy':9} {'size':>5} {'value':>15}"
+    lines = [f"{head} {'to full':>17} repeated"]
+    for row in rows:
+        size = row["max_kv_size"] or ""
+        line = f"{row['task']:9} {row['unit']:10} {row['policy']:9} {size:>5}"
+        repeated = f"{row['repetition']:8.1%}" if "repetition" in row else ""
+        value = _pm(row["value"], row["stderr"])
+        lines.append(f"{line} {value:>15} {_to_full(row):>17} {repeated}".rstrip())
+    return "\n".join(lines)
+
+
+def _to_full(row: dict[str, Any]) -> str:
+    if "minus_full" in row:
+        return _pm(row["minus_full"], row["minus_full_stderr"], sign="+")
+    if "ratio_to_full" in row:
+        error = row["ratio_to_full_stderr"]
+        change = _pm(100 * (row["ratio_to_full"] - 1), error and 100 * error, 1, "+")
+        return f"{change} %"
+    return ""
+
+
+def _pm(value: float, error: float | None, digits: int = 3, sign: str = "") -> str:
+    text = f"{value:{sign}.{digits}f}"
+    return text if error is None else f"{text} ± {error:.{digits}f}"

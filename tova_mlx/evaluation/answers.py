@@ -1,0 +1,63 @@
+"""What models wrote to each example: one JSON object a line, to be read by people.
+
+A run that was killed goes on with the next example: what is there is not asked again.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ..errors import EvaluationError
+from .results import Setting
+
+
+class Answers:
+    """The answers in a directory's answers.jsonl.
+
+    Args:
+        directory: must be there.
+        same: what an answer must share to count as one of this run.
+
+    Raises:
+        EvaluationError: the file is there and holds something else.
+    """
+
+    def __init__(self, directory: Path, same: dict[str, Any]):
+        self.path, self._same = directory / "answers.jsonl", same
+        self._known: dict[tuple[str, Setting], dict[str, Any]] = {}
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        *lines, unfinished = text.split("\n")
+        if unfinished:
+            # A run was killed while it wrote.
+            new = self.path.with_suffix(".new")
+            new.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            os.replace(new, self.path)
+        try:
+            for line in lines:
+                answer = json.loads(line)
+                if all(answer[name] == value for name, value in same.items()):
+                    self._remember(answer)
+        except (ValueError, KeyError, TypeError) as error:
+            raise EvaluationError(
+                f"{self.path} holds something that is no answer of an evaluation "
+                f"({error}). Name another --out, or move it away."
+            ) from error
+
+    def get(self, prompt: str, setting: Setting) -> dict[str, Any] | None:
+        """The answer to a prompt (its digest), or None."""
+        return self._known.get((prompt, setting))
+
+    def add(self, prompt: str, setting: Setting, **values: Any) -> dict[str, Any]:
+        """Append an answer and have it on the disk when this returns."""
+        answer = {"prompt": prompt, **setting._asdict(), **values, **self._same}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(answer, ensure_ascii=False, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._remember(answer)
+        return answer
+
+    def _remember(self, answer: dict[str, Any]) -> None:
+        setting = Setting(answer["policy"], answer["max_kv_size"])
+        self._known[answer["prompt"], setting] = answer

@@ -1,0 +1,262 @@
+"""Long-range tasks under bounded caches: summaries, answers and stories.
+
+A model reads a long document and writes: to a question about it (SQuALITY, QASPER), or
+how it goes on. Decoding is greedy for questions and drawn for stories. A row is the
+mean over the examples of a task under one setting; what was written is kept beside it.
+
+Source: the three kinds of Oren et al. 2024, arXiv 2401.06104. Differs from the source:
+stories go on from a text and are scored by the full model's perplexity and by
+repetition, not by another model's preference.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+import numpy as np
+
+from .answers import Answers
+from .plots import new_figure, save, style
+from .prompts import Prompt
+from .reading import Progress, answer
+from .results import Results, Setting
+from .scores import f1, mean_over, repetition, rouge_l
+from .stories import loss_under_full, tell
+from .tasks import Example
+
+UNITS = {"squality": "rouge_l", "qasper": "f1", "story": "perplexity"}
+_SCORES = {"squality": rouge_l, "qasper": f1}
+_TITLES = {
+    "squality": ("SQuALITY", "summaries", "ROUGE-L F (higher is better)"),
+    "qasper": ("QASPER", "answers", "token F1 (higher is better)"),
+    "story": ("Stories", "continuations", "perplexity under full (lower is better)"),
+}
+
+Rows = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked. `data`: where it came from; `temp` and `seed`: of stories."""
+
+    name: str
+    data: str
+    examples: list[Example]
+    prompts: list[Prompt]
+    max_tokens: int
+    temp: float = 0.0
+    seed: int = 0
+
+    @cached_property
+    def digests(self) -> list[str]:
+        """What tells each prompt, and how it is gone on with, from any other."""
+        how = (self.name, self.max_tokens, self.temp, self.seed)
+        return [_digest(*how, i, p.tokens) for i, p in enumerate(self.prompts)]
+
+    @cached_property
+    def digest(self) -> str:
+        """The same for all of them."""
+        return _digest(*self.digests)
+
+    @property
+    def cost(self) -> int:
+        """Tokens read and written at most: the unit of progress."""
+        return sum(len(p.tokens) + self.max_tokens for p in self.prompts)
+
+
+class LongRange:
+    """Rows and answers of a model on long-range tasks, under any settings."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        results: Results,
+        answers: Answers,
+        step: int,
+    ):
+        self.model, self.tokenizer = model, tokenizer
+        self.results, self.answers, self.step = results, answers, step
+
+    def cost(self, tasks: list[Task], settings: list[Setting]) -> int:
+        """What is to be done, in the unit of progress."""
+        return sum(
+            task.cost for task in tasks for s in settings if self._row(task, s) is None
+        )
+
+    def run(
+        self,
+        tasks: list[Task],
+        settings: list[Setting],
+        progress: Progress = lambda n: None,
+        began: Callable[[Task, Setting], Any] = lambda task, setting: None,
+    ) -> Iterator[dict[str, Any]]:
+        """The rows of every task and setting in order, measured where missing."""
+        for task in tasks:
+            for setting in settings:
+                row = self._row(task, setting)
+                if row is None:
+                    began(task, setting)
+                    answers = [
+                        self._answer(task, i, setting, progress)
+                        for i in range(len(task.examples))
+                    ]
+                    values = self._values(task, setting, answers)
+                    row = self.results.add(setting, **values)
+                yield row
+
+    def _row(self, task: Task, setting: Setting) -> dict[str, Any] | None:
+        wanted = {"task": task.name, "prompts": task.digest, **setting._asdict()}
+        rows = self.results.rows(**wanted)
+        return rows[0] if rows else None
+
+    def _answer(
+        self, task: Task, i: int, setting: Setting, progress: Progress
+    ) -> dict[str, Any]:
+        """The answer to an example, made if it is not there."""
+        digest = task.digests[i]
+        known = self.answers.get(digest, setting)
+        if known is None:
+            example, prompt = task.examples[i], task.prompts[i]
+            known = self.answers.add(
+                digest,
+                setting,
+                task=task.name,
+                source=example.source,
+                tokens=len(prompt.tokens),
+                cut_tokens=prompt.cut_tokens,
+                question=example.question,
+                references=example.references,
+                **self._write(task, i, setting),
+            )
+        progress(len(task.prompts[i].tokens) + task.max_tokens)
+        return known
+
+    def _write(self, task: Task, i: int, setting: Setting) -> dict[str, Any]:
+        """What the model says to an example, and its score."""
+        prompt = task.prompts[i].tokens
+        ask = (self.model, self.tokenizer, prompt, setting, self.step, task.max_tokens)
+        if task.name != "story":
+            said = answer(*ask)
+            score = _SCORES[task.name](said, task.examples[i].references)
+            return {"answer": said, "score": score}
+        # The same draws for every setting.
+        said, tokens = tell(*ask, temp=task.temp, seed=task.seed + i)
+        return {
+            "answer": said,
+            "loss": loss_under_full(self.model, prompt, tokens, self.step),
+            "repetition": repetition(said),
+        }
+
+    def _values(self, task: Task, setting: Setting, answers: Rows) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "task": task.name,
+            "unit": UNITS[task.name],
+            **_mean(task, answers),
+            "n": len(answers),
+            "data": task.data,
+            "prompts": task.digest,
+            "max_tokens": task.max_tokens,
+            "tokens": round(float(np.mean([a["tokens"] for a in answers])), 1),
+            "cut_tokens": round(float(np.mean([a["cut_tokens"] for a in answers])), 1),
+        }
+        if task.name == "story":
+            row["temp"] = task.temp
+            row["repetition"] = float(np.mean([a["repetition"] for a in answers]))
+        if setting.policy != "full":
+            row |= self._against_full(task, answers)
+        return row
+
+    def _against_full(self, task: Task, answers: Rows) -> dict[str, Any]:
+        """Difference to `full` on the same examples; for stories the ratio."""
+        known = [self.answers.get(d, Setting("full", None)) for d in task.digests]
+        full = [a for a in known if a is not None]
+        if len(full) < len(answers):
+            return {}
+        name = "loss" if task.name == "story" else "score"
+        change = [
+            {**a, name: a[name] - b[name]} for a, b in zip(answers, full, strict=True)
+        ]
+        mean = _mean(task, change)
+        how = "ratio_to_full" if task.name == "story" else "minus_full"
+        return {how: mean["value"], f"{how}_stderr": mean["stderr"]}
+
+
+def _mean(task: Task, answers: Rows) -> dict[str, Any]:
+    """Value and standard error; the mean of losses as a perplexity."""
+    sources = [a["source"] for a in answers]
+    if task.name != "story":
+        value, error = mean_over([a["score"] for a in answers], sources)
+        return {"value": value, "stderr": error}
+    loss, error = mean_over([a["loss"] for a in answers], sources)
+    value = math.exp(loss)
+    return {"value": value, "stderr": None if error is None else value * error}
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def plot(rows: Rows, path: Path) -> Path:
+    """A panel per task: its value against tokens kept, `full` dashed."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    figure, panels = new_figure(
+        width=5 * len(tasks) + 1, ncols=len(tasks), squeeze=False
+    )
+    for axes, task in zip(panels[0], tasks, strict=True):
+        _panel(axes, [row for row in rows if row["task"] == task])
+    marks: dict[str, Any] = {}
+    for axes in panels[0]:
+        for mark, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            marks.setdefault(label, mark)
+    figure.legend(
+        marks.values(), marks.keys(), loc="outside lower center", ncols=4 * len(tasks)
+    )
+    figure.suptitle(f"{rows[0]['model']}: long-range tasks, ± standard error")
+    return save(figure, path)
+
+
+def _panel(axes: Any, rows: Rows) -> None:
+    bounded = [row for row in rows if row["max_kv_size"]]
+    sizes = sorted({row["max_kv_size"] for row in bounded})
+    policies = list(dict.fromkeys(row["policy"] for row in bounded))
+    for row in rows:
+        if row["policy"] == "full":
+            look = style("full")
+            axes.axhline(row["value"], **look)
+            error = row["stderr"] or 0
+            band = (row["value"] - error, row["value"] + error)
+            axes.axhspan(*band, color=look["color"], alpha=0.12, linewidth=0)
+    for i, policy in enumerate(policies):
+        mine = sorted(
+            (row for row in bounded if row["policy"] == policy),
+            key=lambda row: row["max_kv_size"],
+        )
+        # Side by side, or the bars of one size would cover each other.
+        shift = 2 ** (0.08 * (i - (len(policies) - 1) / 2))
+        axes.errorbar(
+            [row["max_kv_size"] * shift for row in mine],
+            [row["value"] for row in mine],
+            yerr=[row["stderr"] or 0 for row in mine],
+            capsize=3,
+            **style(policy),
+        )
+    if sizes:
+        axes.set_xscale("log", base=2)
+        axes.set_xlim(sizes[0] / 1.6, sizes[-1] * 1.6)
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.minorticks_off()
+    name, things, unit = _TITLES[rows[0]["task"]]
+    first = rows[0]
+    axes.set_title(
+        f"{name}: {first['n']} {things}, prompts of {first['tokens']:,.0f} tokens",
+        fontsize="medium",
+    )
+    axes.set_xlabel("tokens kept per layer (max_kv_size)")
+    axes.set_ylabel(unit)
+    axes.grid(alpha=0.3)
