@@ -10,6 +10,7 @@ from pathlib import Path
 from common import write_block
 
 RESULTS = Path(__file__).parents[1] / "results"
+POLICIES = ("window", "streaming", "h2o", "tova", "vatp", "fade", "keydiff")
 ORDER = ("full", "window", "streaming", "h2o", "tova", "vatp", "fade")
 
 
@@ -49,6 +50,91 @@ def packed() -> str:
     return "\n".join(lines)
 
 
+def perplexity() -> str:
+    """Markdown: by policy and size, against full; and against tova, with 95 %."""
+    rows = _rows("perplexity/results.jsonl")
+    sizes = sorted({r["max_kv_size"] for r in rows if r["max_kv_size"]})
+    found = {(r["policy"], r["max_kv_size"]): r for r in rows}
+    full = found["full", None]
+    head = [f"`{full['text']}`, full {full['value']:.2f} ± {full['stderr']:.2f}"]
+    lines = ["| " + " | ".join(head + [str(s) for s in sizes]) + " |"]
+    lines.append("|---" * (len(sizes) + 1) + "|")
+    policies = [p for p in POLICIES if any((p, s) in found for s in sizes)]
+    for policy in policies:
+        cells = [
+            _change(found[policy, s], "ratio_to_full", "ratio_to_full_stderr")
+            if (policy, s) in found
+            else ""
+            for s in sizes
+        ]
+        lines.append(f"| `{policy}` | " + " | ".join(cells) + " |")
+    for policy in policies:
+        if policy == "tova":
+            continue
+        cells = [_interval(found.get((policy, s))) for s in sizes]
+        lines.append(f"| `{policy}` to `tova` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def needle() -> str:
+    """Markdown: hits and log-probabilities of all cells, by policy and size."""
+    from tova_mlx.evaluation.needle import summary
+
+    lines = [
+        "| policy, size | kind | accuracy, 95 % | log-probability | cases |",
+        "|---|---|---|---|---|",
+    ]
+    for row in summary(_rows("needle/results.jsonl")):
+        low, high = row["interval"]
+        mean, error = (
+            row[f"mean_log_probability{suffix}"] for suffix in ("", "_stderr")
+        )
+        lines.append(
+            f"| `{row['policy']}` {row['max_kv_size'] or ''} | {row['kind']} "
+            f"| {row['value']:.2f}, {low:.2f} to {high:.2f} "
+            f"| {mean:.2f} ± {error:.2f} | {row['n']} |"
+        )
+    return "\n".join(lines)
+
+
+def kept() -> str:
+    """Markdown: means over layers of what is kept, by policy and size."""
+    from tova_mlx.evaluation.kept import relative
+    from tova_mlx.evaluation.kinds import ENOUGH
+
+    groups: dict[tuple, list[dict]] = {}
+    for row in _rows("kept/results.jsonl"):
+        if row["max_kv_size"] is not None:
+            groups.setdefault((row["policy"], row["max_kv_size"]), []).append(row)
+    counts = next(iter(groups.values()))[0]["counts"]
+    kinds = [kind for kind, n in counts.items() if n >= ENOUGH]
+    heads = [f"{kind} ({counts[kind]})" for kind in kinds]
+    lines = [
+        "| policy, size | recent | first token stays | " + " | ".join(heads) + " |",
+        "|---" * (len(kinds) + 3) + "|",
+    ]
+    for (policy, size), rows in groups.items():
+        ratios = relative([row["lifetimes"] for row in rows])
+        recent = sum(row["value"] for row in rows) / len(rows)
+        first = sum(row["first_tokens_stay"][0] for row in rows) / len(rows)
+        cells = [f"{ratios[kind]:.2f}" for kind in kinds]
+        lines.append(
+            f"| `{policy}` {size} | {recent:.0%} | {first:.0%} | "
+            + " | ".join(cells)
+            + " |"
+        )
+    return "\n".join(lines)
+
+
+def _interval(row: dict | None) -> str:
+    """The change against tova, paired token by token: its 95 % interval."""
+    if row is None or row.get("ratio_to_tova") is None:
+        return ""
+    middle = 100 * (row["ratio_to_tova"] - 1)
+    half = 1.96 * 100 * row["ratio_to_tova_stderr"]
+    return f"{middle - half:+.1f} to {middle + half:+.1f} %"
+
+
 def _rows(name: str) -> list[dict]:
     return [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
 
@@ -60,11 +146,17 @@ def _cell(row: dict) -> str:
     return f"{value} ({_change(row, 'ratio_to_full')})"
 
 
-def _change(row: dict, ratio: str) -> str:
-    return f"{100 * (row[ratio] - 1):+.1f} ± {100 * row['ratio_stderr']:.1f} %"
+def _change(row: dict, ratio: str, error: str = "ratio_stderr") -> str:
+    return f"{100 * (row[ratio] - 1):+.1f} ± {100 * row[error]:.1f} %"
 
 
-TABLES = {"quality": quality, "packed": packed}
+TABLES = {
+    "quality": quality,
+    "packed": packed,
+    "perplexity": perplexity,
+    "needle": needle,
+    "kept": kept,
+}
 
 if __name__ == "__main__":
     for name, make in TABLES.items():

@@ -48,7 +48,7 @@ metric_list:
 output_type: generate_until
 doc_to_text: "{{text}} Tell it again."
 doc_to_target: "{{choices[0]}}"
-generation_kwargs: {until: ["\\n"], max_gen_toks: 6}
+generation_kwargs: {until: ["The End"], max_gen_toks: 6}
 metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 """,
 }
@@ -123,11 +123,11 @@ def test_with_room_for_all_results_are_those_of_mlx_lm(bridge, policy):
 
 
 def test_every_score_comes_from_a_cache_within_the_limit(bridge, monkeypatch):
-    seen = {"read": [], "written": 0}
-    score, read = bridge._score_fn, bridge._process_prompt
+    read = []
+    score, process = bridge._score_fn, bridge._process_prompt
 
     def note(caches):
-        seen["read"].append({(c.size(), c.offset) for c in caches})
+        read.append({(c.positions.shape[-1], c.offset) for c in caches})
 
     def scored(inputs, cache=None):
         cache = cache or bridge._model.make_cache()
@@ -136,7 +136,7 @@ def test_every_score_comes_from_a_cache_within_the_limit(bridge, monkeypatch):
         return result
 
     def processed(prompt):
-        result = read(prompt)
+        result = process(prompt)
         note(result[1])
         return result
 
@@ -145,20 +145,20 @@ def test_every_score_comes_from_a_cache_within_the_limit(bridge, monkeypatch):
     convert(bridge._model, LIMIT)
     answers(bridge)
     # Three questions, their answers of more than a token, two batches read through.
-    assert len(seen["read"]) >= 3 + 4 + 2
-    for held in seen["read"]:
-        ((size, offset),) = held
+    assert len(read) >= 3 + 4 + 2
+    for ((size, offset),) in read:
         assert size == LIMIT < offset
 
 
 @pytest.fixture
 def batches(monkeypatch):
-    """Tokens held by the caches of a batch between two tokens, and whether it is full."""
+    """Tokens held by a batch's caches before each token, and whether all are full."""
     held = []
     update = BatchPolicyKVCache.update_and_fetch
 
     def noted(self, keys, values):
         if keys.shape[2] == 1:
+            assert self.nbytes <= self.max_nbytes
             held.append((self.size(), min(self.offset.tolist()) > LIMIT))
         return update(self, keys, values)
 
@@ -181,7 +181,7 @@ def test_the_command_evaluates_with_bounded_caches(
     assert f'"name": "{name}"' in result.stdout
     # Converting looks at what one token leaves.
     used = [c for caches in made for c in caches if c.offset > 1]
-    held = {(c.size(), c.offset > LIMIT) for c in used} | set(batches)
+    held = {(c.positions.shape[-1], c.offset > LIMIT) for c in used} | set(batches)
     assert held == {(LIMIT, True)}
     assert bool(batches) == (name == "writing")
 
