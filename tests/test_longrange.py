@@ -21,6 +21,7 @@ from tova_mlx.evaluation import longrange
 from tova_mlx.evaluation.answers import Answers
 from tova_mlx.evaluation.longrange import LongRange, Task, plot
 from tova_mlx.evaluation.prompts import Prompt, Prompts, trained_context
+from tova_mlx.evaluation.reading import answer
 from tova_mlx.evaluation.results import Results, Setting, settings
 from tova_mlx.evaluation.scores import f1, mean_over, repetition, rouge_l
 from tova_mlx.evaluation.stories import loss_under_full, tell
@@ -30,7 +31,10 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
 def lines(path, *objects):
-    path.write_text("".join(json.dumps(o) + "\n" for o in objects), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(o, ensure_ascii=False) + "\n" for o in objects),
+        encoding="utf-8",
+    )
     return str(path)
 
 
@@ -234,7 +238,7 @@ def test_the_question_sets_have_their_numbers_of_questions():
 def test_the_question_comes_after_the_document(task):
     words = Words()
     example = Example(0, "A fox ate.", "Who was it?", ())
-    prompt = Prompts(words, None).make(task, example, 8)
+    prompt = Prompts(words, "m", None).make(task, example, 8)
     said = words.decode(prompt.tokens)
     assert said.index("A fox ate.") < said.index("Who was it? <assistant>")
     assert prompt.cut_tokens == 0
@@ -245,8 +249,8 @@ def test_a_long_document_loses_its_middle_and_fits(spare):
     document = " ".join(f"w{i}" for i in range(200))
     example = Example(0, document, "Who?", ())
     words = Words()
-    whole = len(Prompts(words, None).make("qasper", example, 8).tokens)
-    prompt = Prompts(words, whole + 8 - spare).make("qasper", example, 8)
+    whole = len(Prompts(words, "m", None).make("qasper", example, 8).tokens)
+    prompt = Prompts(words, "m", whole + 8 - spare).make("qasper", example, 8)
     assert len(prompt.tokens) == whole - spare
     kept = [w for w in words.decode(prompt.tokens).split() if w[1:].isdigit()]
     # The mark of the gap takes one.
@@ -259,12 +263,12 @@ def test_a_long_document_loses_its_middle_and_fits(spare):
 def test_no_room_for_a_document_is_an_error():
     example = Example(0, "one two three four five", "Who?", ())
     with pytest.raises(EvaluationError, match="--max-tokens 90 and the question leave"):
-        Prompts(Words(), 100).make("squality", example, 90)
+        Prompts(Words(), "m", 100).make("squality", example, 90)
 
 
 def test_a_model_without_a_chat_template_is_refused():
-    with pytest.raises(EvaluationError, match="no chat template"):
-        Prompts(SimpleNamespace(has_chat_template=False), None)
+    with pytest.raises(EvaluationError, match="Base has no chat template"):
+        Prompts(SimpleNamespace(has_chat_template=False), "Base", None)
 
 
 @pytest.mark.parametrize(
@@ -508,15 +512,26 @@ def test_the_figure_has_a_panel_per_task(tmp_path, asked, monkeypatch, sizes):
 def test_a_story_has_its_length_and_never_ends_before(demo):
     model, tokenizer = demo
     prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Say yes, and nothing else."}],
+        [{"role": "user", "content": "What is the capital of France? One word."}],
         add_generation_prompt=True,
     )
-    ask = (model, tokenizer, prompt, Setting("tova", 16), 256, 20)
-    said, tokens = tell(*ask, temp=1.0, seed=5)
-    assert len(tokens) == 20
+    ask = (model, tokenizer, prompt, Setting("tova", 64), 256, 16)
+    # Left to itself, it ends after 7 tokens.
+    assert answer(*ask) == "The capital of France is Paris."
+    said, tokens = tell(*ask, temp=0.0, seed=5)
+    assert len(tokens) == 16
     assert not set(tokens) & set(tokenizer.eos_token_ids)
-    assert tell(*ask, temp=1.0, seed=5) == (said, tokens)
-    assert tell(*ask, temp=1.0, seed=6) != (said, tokens)
+    assert said.startswith("The capital of France is Paris.")
+
+
+@pytest.mark.real_model
+def test_a_story_is_drawn_by_its_seed(demo):
+    model, tokenizer = demo
+    prompt = tokenizer.encode("It was a dark night, and")
+    ask = (model, tokenizer, prompt, Setting("tova", 8), 256, 8)
+    drawn = tell(*ask, temp=1.0, seed=5)
+    assert tell(*ask, temp=1.0, seed=5) == drawn
+    assert tell(*ask, temp=1.0, seed=6) != drawn
 
 
 @pytest.mark.real_model

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import EvaluationError
+from .needle import check_template
 from .tasks import Example
 
 TEMPLATES = {
@@ -50,18 +51,15 @@ class Prompts:
 
     Args:
         tokenizer: from `mlx_lm.load`.
+        model: its name, for errors.
         context: tokens that prompt and answer may have together; None for any number.
 
     Raises:
         EvaluationError: there is no chat template.
     """
 
-    def __init__(self, tokenizer: Any, context: int | None):
-        if not tokenizer.has_chat_template:
-            raise EvaluationError(
-                "The model has no chat template, which the questions need. Use a "
-                "model that was tuned to answer (often called instruct or chat)."
-            )
+    def __init__(self, tokenizer: Any, model: str, context: int | None):
+        check_template(tokenizer, model)
         self.tokenizer, self.context = tokenizer, context
 
     def make(self, task: str, example: Example, max_tokens: int) -> Prompt:

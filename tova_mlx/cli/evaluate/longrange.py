@@ -66,7 +66,7 @@ _DATA = {"squality": "squality", "qasper": "qasper", "story": "text"}
 @click.option(
     "--temp",
     type=click.FloatRange(min=0),
-    default=0.7,
+    default=1.0,
     show_default=True,
     help="Sampling temperature of stories; answers and summaries are greedy.",
 )
@@ -74,8 +74,9 @@ _DATA = {"squality": "squality", "qasper": "qasper", "story": "text"}
 def longrange(as_json: bool, **options: Any) -> None:
     """Summaries (SQuALITY), answers (QASPER) and stories over long texts
 
-    Scored by ROUGE-L, token F1, and the full model's perplexity of a story. Rows go to
-    results.jsonl in --out, what was written to answers.jsonl, the figure to
+    Scored by ROUGE-L, token F1, and the full model's perplexity of a story, which is
+    low for one that repeats itself, too: its share of repeated words is a column. Rows
+    go to results.jsonl in --out, what was written to answers.jsonl, the figure to
     longrange.png.
 
     Example: tova-mlx eval longrange --qasper qasper.jsonl --text novel.txt
@@ -98,7 +99,7 @@ def longrange(as_json: bool, **options: Any) -> None:
     from ...evaluation.results import Results, settings
     from ...evaluation.tasks import load_story
 
-    prompts = Prompts(tokenizer, trained_context(path))
+    prompts = Prompts(tokenizer, common["model"], trained_context(path))
     if text:
         how = (options["examples"], options["story_tokens"], tokenizer)
         examples["story"] = load_story(text, *how)
