@@ -66,7 +66,7 @@ _DATA = {"squality": "squality", "qasper": "qasper", "story": "text"}
 @click.option(
     "--temp",
     type=click.FloatRange(min=0),
-    default=1.0,
+    default=0.7,
     show_default=True,
     help="Sampling temperature of stories; answers and summaries are greedy.",
 )
