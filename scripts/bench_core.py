@@ -10,11 +10,9 @@ interleaved repeats after a warm-up. The last line is JSON.
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 from tova_mlx.blas import load_openblas
@@ -22,6 +20,7 @@ from tova_mlx.blas import load_openblas
 load_openblas()
 
 import mlx.core as mx  # noqa: E402
+from common import provenance  # noqa: E402
 from mlx_lm import load  # noqa: E402
 from mlx_lm.models.cache import KVCache, RotatingKVCache  # noqa: E402
 
@@ -69,10 +68,7 @@ def main() -> None:
         return [RotatingKVCache(SIZE, keep=4) for _ in range(n_layers)]
 
     result = {
-        "command": " ".join(["python", "scripts/bench_core.py", *sys.argv[1:]]),
-        "versions": {p: version(p) for p in ("tova_mlx", "mlx", "mlx-lm")},
-        "device": f"{mx.default_device()} {platform.machine()} {platform.system()}",
-        "date": time.strftime("%Y-%m-%d"),
+        **provenance(),
         "max_kv_size": SIZE,
         "tokens": LENGTH,
     }

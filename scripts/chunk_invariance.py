@@ -13,9 +13,6 @@ The last line is JSON.
 
 import argparse
 import json
-import sys
-import time
-from importlib.metadata import version
 from pathlib import Path
 
 from tova_mlx.blas import load_openblas
@@ -24,6 +21,7 @@ load_openblas()
 
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
+from common import provenance  # noqa: E402
 from mlx_lm import load  # noqa: E402
 
 import tova_mlx.block  # noqa: E402
@@ -164,9 +162,7 @@ def main() -> None:
                 row |= {
                     "max_kv_size": args.size,
                     "tokens": args.tokens,
-                    "versions": {p: version(p) for p in ("tova_mlx", "mlx", "mlx-lm")},
-                    "command": " ".join(["python", *sys.argv]),
-                    "date": time.strftime("%Y-%m-%d"),
+                    **provenance(),
                 }
                 rows.append(row)
                 print(json.dumps(row), flush=True)

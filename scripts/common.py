@@ -1,9 +1,6 @@
 """What the scripts share: where a figure comes from, and blocks of the README."""
 
-import platform
 import sys
-import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +9,9 @@ README = Path(__file__).parents[1] / "README.md"
 
 def provenance() -> dict[str, Any]:
     """What it takes to repeat a run: command, versions, device, date."""
-    import mlx.core as mx
+    from tova_mlx.evaluation.results import circumstances
 
-    return {
-        "command": " ".join(["python", *map(_argument, sys.argv)]),
-        "versions": {p: version(p) for p in ("tova_mlx", "mlx", "mlx-lm")},
-        "device": f"{mx.default_device()} {platform.machine()} {platform.system()}",
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _argument(argument: str) -> str:
-    """Of a path outside the repository its name."""
-    path = Path(argument)
-    return path.name if path.is_absolute() or ".." in path.parts else argument
+    return circumstances(f"python scripts/{Path(sys.argv[0]).name}")
 
 
 def write_block(name: str, text: str) -> None:

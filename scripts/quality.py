@@ -19,13 +19,14 @@ from tova_mlx.blas import load_openblas
 load_openblas()
 
 import mlx.core as mx  # noqa: E402
-import mlx.nn as nn  # noqa: E402
 import numpy as np  # noqa: E402
 from common import provenance  # noqa: E402
 from mlx_lm import load  # noqa: E402
 
-from tova_mlx import POLICIES, make_prompt_cache  # noqa: E402
+from tova_mlx import POLICIES  # noqa: E402
 from tova_mlx.demo import demo_model_path  # noqa: E402
+from tova_mlx.evaluation.reading import token_losses  # noqa: E402
+from tova_mlx.evaluation.results import Setting  # noqa: E402
 
 STEP = 512
 
@@ -34,16 +35,8 @@ def losses(
     model, tokens: mx.array, max_kv_size: int, policy: str, **options
 ) -> np.ndarray:
     """Negative log-likelihoods [B, n - 1] of tokens [B, n], given those before."""
-    cache = make_prompt_cache(model, max_kv_size, policy=policy, **options)
-    parts = []
-    for start in range(0, tokens.shape[1] - 1, STEP):
-        stop = min(start + STEP, tokens.shape[1] - 1)
-        logits = model(tokens[:, start:stop], cache=cache)
-        loss = nn.losses.cross_entropy(logits, tokens[:, start + 1 : stop + 1])
-        mx.eval(loss, [c.state for c in cache])
-        parts.append(np.array(loss))
-        mx.clear_cache()
-    return np.concatenate(parts, axis=1)
+    setting = Setting(policy, None if policy == "full" else max_kv_size)
+    return token_losses(model, tokens, setting, STEP, **options)
 
 
 def provenance_of_row(tokens: int) -> dict[str, Any]:

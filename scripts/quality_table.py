@@ -9,16 +9,16 @@ from pathlib import Path
 
 from common import write_block
 
+from tova_mlx import POLICIES
+
 RESULTS = Path(__file__).parents[1] / "results"
-POLICIES = ("window", "streaming", "h2o", "tova", "vatp", "fade", "keydiff")
-ORDER = ("full", "window", "streaming", "h2o", "tova", "vatp", "fade")
 
 
 def quality() -> str:
     """Markdown: perplexity ± standard error, and the change against full."""
     rows = _rows("quality.jsonl")
     found = {(r["text"], r["max_kv_size"], r["policy"]): r for r in rows}
-    policies = [p for p in ORDER if any(key[2] == p for key in found)]
+    policies = [p for p in POLICIES if any(key[2] == p for key in found)]
     lines = [
         "| text, limit | " + " | ".join(f"`{p}`" for p in policies) + " |",
         "|---" * (len(policies) + 1) + "|",

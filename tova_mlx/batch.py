@@ -100,8 +100,9 @@ class BatchPolicyKVCache:
         Raises CacheStateError: caches of different rules, or of several rows.
         """
         first = caches[0]
+        made = _Made.of(first)
         for cache in caches:
-            _Made.of(first).check(_Made.of(cache))
+            made.check(_Made.of(cache))
             if cache.keys is not None and cache.keys.shape[0] != 1:
                 raise CacheStateError(
                     f"{first.rule.policy}: a cache of {cache.keys.shape[0]} rows "
@@ -310,8 +311,8 @@ class BatchPolicyKVCache:
 
     def _row(self, i: int) -> PolicyKVCache:
         assert self._stack is not None
-        part = self._stack.part(i, self._made.journal)
         made = self._made
+        part = self._stack.part(i, made.journal)
         return made.kind.of_slots(part, made.prefill, made.shares)
 
     def _unstacked(self) -> list[PolicyKVCache]:

@@ -19,7 +19,7 @@ from .eviction import (
     window_columns,
 )
 from .journal import Scores
-from .logits import newest_logits
+from .logits import masked_logits
 from .newest import attend_newest, plain_attention
 from .packed import Rows, to_mlx
 from .slots import Slots, numbered
@@ -62,7 +62,7 @@ def attend_and_evict(
         # them: a view that a kernel makes contiguous, or a second reference when the
         # next row is written, would be a copy of the cache.
         output = plain_attention(queries, keys, values, **how)
-        logits = newest_logits(queries, keys, how["scale"], how["mask"])
+        logits = masked_logits(queries, keys, how["scale"], how["mask"], own_type=True)
         positions = slots.positions
         if positions is None:
             batch, choosers = keys.shape[0], keys.shape[1] if slots.rule.per_head else 1

@@ -3,12 +3,11 @@
 A run that was killed goes on with the next example: what is there is not asked again.
 """
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 from ..errors import EvaluationError
+from .lines import Lines
 from .results import Setting
 
 
@@ -24,18 +23,11 @@ class Answers:
     """
 
     def __init__(self, directory: Path, same: dict[str, Any]):
-        self.path, self._same = directory / "answers.jsonl", same
+        self._lines, self._same = Lines(directory / "answers.jsonl"), same
+        self.path = self._lines.path
         self._known: dict[tuple[str, Setting], dict[str, Any]] = {}
-        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        *lines, unfinished = text.split("\n")
-        if unfinished:
-            # A run was killed while it wrote.
-            new = self.path.with_suffix(".new")
-            new.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-            os.replace(new, self.path)
         try:
-            for line in lines:
-                answer = json.loads(line)
+            for answer in self._lines:
                 if all(answer[name] == value for name, value in same.items()):
                     self._remember(answer)
         except (ValueError, KeyError, TypeError) as error:
@@ -51,10 +43,7 @@ class Answers:
     def add(self, prompt: str, setting: Setting, **values: Any) -> dict[str, Any]:
         """Append an answer and have it on the disk when this returns."""
         answer = {"prompt": prompt, **setting._asdict(), **values, **self._same}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(answer, ensure_ascii=False, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self._lines.add(answer, ensure_ascii=False)
         self._remember(answer)
         return answer
 

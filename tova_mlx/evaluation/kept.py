@@ -30,7 +30,6 @@ import numpy.typing as npt
 from mlx_lm.models.cache import CacheList
 
 from ..cache import PolicyKVCache
-from ..conversion import make_prompt_cache
 from ..errors import EvaluationError
 from ..layers import leaves
 from ..packed import Storage, gather
@@ -38,7 +37,7 @@ from ..policies import POLICIES, Rule
 from ..slots import Slots
 from .kinds import ENOUGH, KINDS
 from .plots import new_figure, save, style
-from .reading import Progress
+from .reading import Progress, new_cache, read
 from .results import Results, Setting
 from .statistics import mean_with_error
 
@@ -74,26 +73,17 @@ def departures(
 
     options: the policy's own.
     """
-    n, (policy, size) = len(ids), setting
-    made = make_prompt_cache(model, size, policy=policy, journal=0, **options)
-    caches = [_watched(c) for c in made]
-    tokens = mx.array([ids])
+    caches = [_watched(c) for c in new_cache(model, setting, **options)]
     noted: list[tuple[int, PolicyKVCache, list[Gone]]] = [
         (layer, leaf, [])
         for layer, cache in enumerate(caches)
         for leaf in leaves([cache])
         if isinstance(leaf, PolicyKVCache)
     ]
-    for start in range(0, n, step):
-        stop = min(start + step, n)
-        model(tokens[:, start:stop], cache=caches)
-        mx.eval([c.state for c in caches])
+    for _ in read(model, mx.array([ids]), caches, step, progress):
         for _, cache, parts in noted:
             assert isinstance(cache.slots, _Watched)
             parts.append(cache.slots.left())
-        mx.clear_cache()
-        if progress is not None:
-            progress(stop - start)
     layers: dict[int, list[Gone]] = {}
     for layer, cache, parts in noted:
         # Some models make caches that they do not use.

@@ -21,7 +21,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .answers import Answers
-from .plots import new_figure, save, style
+from .plots import draw_by_size, new_figure, save, style
 from .prompts import Prompt
 from .reading import Progress, answer
 from .results import Results, Setting
@@ -62,6 +62,9 @@ class Task:
     def digest(self) -> str:
         """The same for all of them."""
         return _digest(*self.digests)
+
+    def __str__(self) -> str:
+        return self.name
 
     @property
     def cost(self) -> int:
@@ -222,34 +225,16 @@ def plot(rows: Rows, path: Path) -> Path:
 
 
 def _panel(axes: Any, rows: Rows) -> None:
-    bounded = [row for row in rows if row["max_kv_size"]]
-    sizes = sorted({row["max_kv_size"] for row in bounded})
-    policies = list(dict.fromkeys(row["policy"] for row in bounded))
     for row in rows:
         if row["policy"] == "full":
-            look = style("full")
-            axes.axhline(row["value"], **look)
             error = row["stderr"] or 0
             band = (row["value"] - error, row["value"] + error)
-            axes.axhspan(*band, color=look["color"], alpha=0.12, linewidth=0)
-    for i, policy in enumerate(policies):
-        mine = sorted(
-            (row for row in bounded if row["policy"] == policy),
-            key=lambda row: row["max_kv_size"],
-        )
-        # Side by side, or the bars of one size would cover each other.
-        shift = 2 ** (0.08 * (i - (len(policies) - 1) / 2))
-        axes.errorbar(
-            [row["max_kv_size"] * shift for row in mine],
-            [row["value"] for row in mine],
-            yerr=[row["stderr"] or 0 for row in mine],
-            capsize=3,
-            **style(policy),
-        )
+            colour = style("full")["color"]
+            axes.axhspan(*band, color=colour, alpha=0.12, linewidth=0)
+    # Side by side, or the bars of one size would cover each other.
+    sizes = draw_by_size(axes, rows, apart=0.08)
     if sizes:
-        axes.set_xscale("log", base=2)
         axes.set_xlim(sizes[0] / 1.6, sizes[-1] * 1.6)
-        axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.minorticks_off()
     name, things, unit = _TITLES[rows[0]["task"]]
     first = rows[0]
@@ -257,6 +242,4 @@ def _panel(axes: Any, rows: Rows) -> None:
         f"{name}: {first['n']} {things}, prompts of {first['tokens']:,.0f} tokens",
         fontsize="medium",
     )
-    axes.set_xlabel("tokens kept per layer (max_kv_size)")
     axes.set_ylabel(unit)
-    axes.grid(alpha=0.3)

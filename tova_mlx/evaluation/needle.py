@@ -20,8 +20,9 @@ import numpy.typing as npt
 from mlx_lm import stream_generate
 
 from ..errors import EvaluationError
+from .asking import asked
 from .plots import new_figure, save
-from .reading import Progress, new_cache
+from .reading import Progress, new_cache, read
 from .results import Results, Setting
 from .statistics import mean_with_error, wilson
 
@@ -183,24 +184,9 @@ def draw(haystack: Haystack, cell: Cell, n: int, seed: int) -> list[Case]:
     return cases
 
 
-def check_template(tokenizer: Any, model: str) -> None:
-    """Raises EvaluationError: a model that nobody can ask anything."""
-    if not tokenizer.has_chat_template:
-        raise EvaluationError(
-            f"{model} has no chat template, so it cannot be asked a question. Use an "
-            "instruction-tuned model."
-        )
-
-
 def _prompt(tokenizer: Any, fact: Fact, text: str) -> tuple[list[int], list[int]]:
     """Tokens up to the opening of the answer, and of the answer."""
-    asked: str = tokenizer.apply_chat_template(
-        [{"role": "user", "content": _PROMPT.format(text, fact.question)}],
-        add_generation_prompt=True,
-        tokenize=False,
-        enable_thinking=False,
-    )
-    opened = asked + fact.opening
+    opened = asked(tokenizer, _PROMPT.format(text, fact.question)) + fact.opening
     prompt = tokenizer.encode(opened, add_special_tokens=False)
     whole = tokenizer.encode(f"{opened} {fact.answer}", add_special_tokens=False)
     # The last token may grow with what follows it.
@@ -229,13 +215,8 @@ def ask(
     cache = new_cache(model, setting)
     tokens = mx.array(case.prompt + case.answer)[None]
     last = len(case.prompt) - 1
-    for start in range(0, last, step):
-        stop = min(start + step, last)
-        model(tokens[:, start:stop], cache=cache)
-        mx.eval([c.state for c in cache])
-        mx.clear_cache()
-        if progress is not None:
-            progress(stop - start)
+    for _ in read(model, tokens[:, :last], cache, step, progress):
+        pass
     pieces = stream_generate(
         model,
         tokenizer,

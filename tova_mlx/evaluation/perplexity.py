@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import EvaluationError
-from .plots import new_figure, save, style
+from .plots import draw_by_size, new_figure, save
 from .reading import Progress, token_losses
 from .results import Results, Setting
 from .statistics import mean_with_error
@@ -132,34 +132,15 @@ def plot(rows: list[dict[str, Any]], path: Path) -> Path:
     """Perplexity against tokens kept, a line per policy, `full` dashed."""
     figure, axes = new_figure()
     first = rows[0]
-    for policy in dict.fromkeys(row["policy"] for row in rows):
-        mine = sorted(
-            (r for r in rows if r["policy"] == policy),
-            key=lambda r: r["max_kv_size"] or 0,
-        )
-        if policy == "full":
-            axes.axhline(mine[0]["value"], **style(policy))
-            continue
-        axes.errorbar(
-            [r["max_kv_size"] for r in mine],
-            [r["value"] for r in mine],
-            yerr=[r["stderr"] or 0 for r in mine],
-            capsize=3,
-            **style(policy),
-        )
-    sizes = sorted({r["max_kv_size"] for r in rows if r["max_kv_size"]})
-    axes.set_xscale("log", base=2)
+    draw_by_size(axes, rows)
     axes.set_yscale("log")
-    axes.set_xticks(sizes, [str(s) for s in sizes])
     axes.yaxis.set_major_formatter("{x:.0f}")
     axes.yaxis.set_minor_formatter("{x:.0f}")
-    axes.set_xlabel("tokens kept per layer (max_kv_size)")
     axes.set_ylabel("perplexity (lower is better; bars: standard error)")
     axes.set_title(
         f"{first['model']}, {first['text']}: {first['tokens']:,} tokens in contexts "
         f"of {first['context']:,}"
     )
-    axes.grid(alpha=0.3)
     axes.legend()
     return save(figure, path)
 

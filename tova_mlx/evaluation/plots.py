@@ -3,6 +3,7 @@
 Colours: Okabe and Ito, "Color Universal Design" (2008).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,41 @@ def style(policy: str) -> dict[str, Any]:
         return {"color": "#555555", "linestyle": "--", "label": "full"}
     i = _ORDER.index(policy)
     return {"color": _COLOURS[i], "marker": _MARKS[i], "label": policy}
+
+
+def draw_by_size(
+    axes: Any, rows: Sequence[dict[str, Any]], apart: float = 0.0
+) -> list[int]:
+    """Values with error bars against tokens kept, a line per policy; `full` dashed.
+
+    apart: how far the policies stand from each other at one size, in powers of two.
+    Returns the sizes.
+    """
+    for row in rows:
+        if row["policy"] == "full":
+            axes.axhline(row["value"], **style("full"))
+    bounded = [row for row in rows if row["max_kv_size"]]
+    policies = list(dict.fromkeys(row["policy"] for row in bounded))
+    for i, policy in enumerate(policies):
+        mine = sorted(
+            (row for row in bounded if row["policy"] == policy),
+            key=lambda row: row["max_kv_size"],
+        )
+        shift = 2 ** (apart * (i - (len(policies) - 1) / 2))
+        axes.errorbar(
+            [row["max_kv_size"] * shift for row in mine],
+            [row["value"] for row in mine],
+            yerr=[row["stderr"] or 0 for row in mine],
+            capsize=3,
+            **style(policy),
+        )
+    sizes = sorted({row["max_kv_size"] for row in bounded})
+    if sizes:
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.set_xlabel("tokens kept per layer (max_kv_size)")
+    axes.grid(alpha=0.3)
+    return sizes
 
 
 def save(figure: Any, path: Path) -> Path:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import EvaluationError
-from .needle import check_template
+from .asking import asked, check_template
 from .tasks import Example
 
 TEMPLATES = {
@@ -94,14 +94,7 @@ class Prompts:
         return Prompt(tokens, len(ids) - kept)
 
     def _ask(self, text: str) -> list[int]:
-        # Thoughts would fill the answer; a template without them ignores this.
-        rendered = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}],
-            add_generation_prompt=True,
-            tokenize=False,
-            enable_thinking=False,
-        )
-        return self._encode(rendered)
+        return self._encode(asked(self.tokenizer, text))
 
     def _encode(self, text: str) -> list[int]:
         # Not verbose: transformers would warn of texts that are cut right after.

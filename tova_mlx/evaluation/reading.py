@@ -4,7 +4,7 @@ Every token sees what it would see if the text came one token at a time (stepwis
 prefill), whatever the step. Memory: the cache and the logits of one step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -20,10 +20,35 @@ from .results import Setting
 Progress = Callable[[int], Any]
 
 
-def new_cache(model: nn.Module, setting: Setting) -> list[Any]:
-    """Caches of a setting; nothing will be taken back."""
-    size = setting.max_kv_size
-    return make_prompt_cache(model, size, policy=setting.policy, journal=0)
+def new_cache(model: nn.Module, setting: Setting, **options: Any) -> list[Any]:
+    """Caches of a setting; nothing will be taken back.
+
+    options: others of `make_prompt_cache`.
+    """
+    policy, size = setting
+    return make_prompt_cache(model, size, policy=policy, journal=0, **options)
+
+
+def read(
+    model: nn.Module,
+    tokens: mx.array,
+    cache: list[Any],
+    step: int,
+    progress: Progress | None = None,
+) -> Iterator[tuple[int, mx.array]]:
+    """Feed tokens [B, n] to a cache: where each step begins, and its logits.
+
+    What a step leaves in the cache is evaluated before the next one; logits only if
+    the caller does it.
+    """
+    batch, n = tokens.shape
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        yield start, model(tokens[:, start:stop], cache=cache)
+        mx.eval([c.state for c in cache])
+        mx.clear_cache()
+        if progress is not None:
+            progress(batch * (stop - start))
 
 
 def token_losses(
@@ -33,29 +58,25 @@ def token_losses(
     step: int,
     progress: Progress | None = None,
     first: int = 1,
+    **options: Any,
 ) -> npt.NDArray[np.float32]:
     """Negative log-likelihoods of tokens [B, first:], given those before, in nats.
 
-    tokens: int [B, n], rows of one length; first: at least 1. Returns [B, n - first].
+    tokens: int [B, n], rows of one length; first: at least 1; options: as in
+    `new_cache`. Returns [B, n - first].
     """
-    cache = new_cache(model, setting)
-    batch, n = tokens.shape
+    cache = new_cache(model, setting, **options)
     parts = []
-    for start in range(0, n - 1, step):
-        stop = min(start + step, n - 1)
-        logits = model(tokens[:, start:stop], cache=cache)
+    for start, logits in read(model, tokens[:, :-1], cache, step, progress):
+        stop = start + logits.shape[1]
         wanted = max(start, first - 1)
         if wanted < stop:
             loss = nn.losses.cross_entropy(
                 logits[:, wanted - start :].astype(mx.float32),
                 tokens[:, wanted + 1 : stop + 1],
             )
-            parts.append(loss)
-        mx.eval(parts[-1:], [c.state for c in cache])
-        mx.clear_cache()
-        if progress is not None:
-            progress(batch * (stop - start))
-    return np.concatenate([np.array(part) for part in parts], axis=1)
+            parts.append(np.array(loss))
+    return np.concatenate(parts, axis=1)
 
 
 def answer(

@@ -4,7 +4,6 @@ A run that was killed goes on where it was: rows that are there are not made aga
 """
 
 import json
-import os
 import platform
 import shlex
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import EvaluationError
+from .lines import Lines
 
 
 class Setting(NamedTuple):
@@ -55,18 +55,14 @@ class Results:
         self.path = directory / "results.jsonl"
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+            self._lines = Lines(self.path)
         except OSError as error:
             raise EvaluationError(
                 f"--out {directory}: cannot be used ({error.strerror}). Name a "
                 "directory that can be written."
             ) from error
-        *lines, unfinished = text.split("\n")
-        if unfinished:
-            # A run was killed while it wrote.
-            self._replace("".join(f"{line}\n" for line in lines))
         try:
-            self._rows = [dict(json.loads(line)) for line in lines]
+            self._rows = [dict(row) for row in self._lines]
         except ValueError as error:
             raise EvaluationError(
                 f"{self.path} holds something that is no row of an evaluation "
@@ -87,22 +83,25 @@ class Results:
     def add(self, setting: Setting, **values: Any) -> dict[str, Any]:
         """Append a row and have it on the disk when this returns."""
         row = {**self.common, **setting._asdict(), **values}
-        line = json.dumps(row, allow_nan=False)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self._rows.append(json.loads(line))
+        self._rows.append(json.loads(self._lines.add(row)))
         return row
-
-    def _replace(self, text: str) -> None:
-        new = self.path.with_suffix(".new")
-        new.write_text(text, encoding="utf-8")
-        os.replace(new, self.path)
 
 
 def provenance(model: str, dtype: str, seed: int | None) -> dict[str, Any]:
     """What it takes to repeat a run. model: the directory that it was loaded from."""
+    return {
+        "model": Path(model).name,
+        "dtype": dtype,
+        "seed": seed,
+        **circumstances(Path(sys.argv[0]).name),
+    }
+
+
+def circumstances(program: str) -> dict[str, Any]:
+    """Of a run of a program with this process's arguments: versions, device, date.
+
+    Of files outside the working directory the command has the names.
+    """
     import mlx.core as mx
 
     arguments = [
@@ -110,11 +109,8 @@ def provenance(model: str, dtype: str, seed: int | None) -> dict[str, Any]:
         for a in sys.argv[1:]
     ]
     return {
-        "model": Path(model).name,
-        "dtype": dtype,
-        "seed": seed,
         "versions": {p: version(p) for p in ("tova_mlx", "mlx", "mlx-lm")},
         "device": f"{mx.default_device()} {platform.machine()} {platform.system()}",
-        "command": shlex.join([Path(sys.argv[0]).name, *arguments]),
+        "command": f"{program} {shlex.join(arguments)}".rstrip(),
         "date": time.strftime("%Y-%m-%d"),
     }

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import EvaluationError
+from .lines import read_text
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:/(.+\.jsonl))?")
 _SQUALITY = (
@@ -200,11 +201,7 @@ class _Object:
 
 
 def _lines(path: Path, form: str) -> Iterator[_Object]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise EvaluationError(f"{path}: cannot be read ({reason}). {form}") from error
+    text = read_text(path, form)
     if not text.strip():
         raise EvaluationError(f"{path} is empty. {form}")
     # Not splitlines: documents may hold U+2028, which JSON leaves as it is.

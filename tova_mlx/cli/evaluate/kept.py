@@ -1,14 +1,14 @@
 """tova-mlx eval kept: which tokens each policy keeps while a text is read."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ...evaluation.kinds import ENOUGH
-from .options import begin, check_settings, eval_options, first_ids, named, read_text
+from ...evaluation.lines import read_text
+from .options import begin, check_settings, eval_options, first_ids, named, progress
 
 
 @click.command(short_help="Which tokens are kept")
@@ -21,7 +21,6 @@ from .options import begin, check_settings, eval_options, first_ids, named, read
     show_default=True,
     help="Tokens read of the text.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def kept(text: Path, as_json: bool, **options: Any) -> None:
     """Which tokens are kept: how recent, the first ones, and of which kinds
 
@@ -52,12 +51,8 @@ def kept(text: Path, as_json: bool, **options: Any) -> None:
     to_read = len(measured.missing(wanted)) * len(ids)
     figure = options["out"] / "kept.png"
     done: list[list[dict[str, Any]]] = []
-    with click.progressbar(length=to_read, file=sys.stderr, label=" " * 15) as bar:
-
-        def began(setting: Any) -> None:
-            bar.label = f"{setting!s:15}"
-
-        for rows in measured.run(model, wanted, bar.update, began):
+    with progress(to_read, 15) as (advance, say):
+        for rows in measured.run(model, wanted, advance, say):
             done.append(rows)
             plot(done, figure)
     if as_json:

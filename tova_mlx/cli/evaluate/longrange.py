@@ -1,14 +1,15 @@
 """tova-mlx eval longrange: summaries, answers and stories over long texts."""
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ...evaluation.lines import read_text
 from ..models import directory
-from .options import begin, check_settings, eval_options, read_text
+from .options import begin, check_settings, eval_options, progress
+from .tables import percent, pm
 
 if TYPE_CHECKING:
     from ...evaluation.longrange import Task
@@ -70,7 +71,6 @@ _DATA = {"squality": "squality", "qasper": "qasper", "story": "text"}
     show_default=True,
     help="Sampling temperature of stories; answers and summaries are greedy.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def longrange(as_json: bool, **options: Any) -> None:
     """Summaries (SQuALITY), answers (QASPER) and stories over long texts
 
@@ -111,12 +111,8 @@ def longrange(as_json: bool, **options: Any) -> None:
     wanted = settings(options["policies"], options["sizes"])
     rows = []
     to_do = measured.cost(tasks, wanted)
-    with click.progressbar(length=to_do, file=sys.stderr, label=" " * 24) as bar:
-
-        def began(task: Any, setting: Any) -> None:
-            bar.label = f"{f'{task.name} {setting}':24}"
-
-        for row in measured.run(tasks, wanted, bar.update, began):
+    with progress(to_do, 24) as (advance, say):
+        for row in measured.run(tasks, wanted, advance, say):
             rows.append(row)
             plot(rows, options["out"] / "longrange.png")
     if as_json:
@@ -178,21 +174,12 @@ def _table(rows: list[dict[str, Any]]) -> str:
         size = row["max_kv_size"] or ""
         line = f"{row['task']:9} {row['unit']:10} {row['policy']:9} {size:>5}"
         repeated = f"{row['repetition']:8.1%}" if "repetition" in row else ""
-        value = _pm(row["value"], row["stderr"])
+        value = pm(row["value"], row["stderr"], 3)
         lines.append(f"{line} {value:>15} {_to_full(row):>17} {repeated}".rstrip())
     return "\n".join(lines)
 
 
 def _to_full(row: dict[str, Any]) -> str:
     if "minus_full" in row:
-        return _pm(row["minus_full"], row["minus_full_stderr"], sign="+")
-    if "ratio_to_full" in row:
-        error = row["ratio_to_full_stderr"]
-        change = _pm(100 * (row["ratio_to_full"] - 1), error and 100 * error, 1, "+")
-        return f"{change} %"
-    return ""
-
-
-def _pm(value: float, error: float | None, digits: int = 3, sign: str = "") -> str:
-    text = f"{value:{sign}.{digits}f}"
-    return text if error is None else f"{text} ± {error:.{digits}f}"
+        return pm(row["minus_full"], row["minus_full_stderr"], 3, "+")
+    return percent(row.get("ratio_to_full"), row.get("ratio_to_full_stderr"))

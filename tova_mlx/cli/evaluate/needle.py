@@ -1,7 +1,6 @@
 """tova-mlx eval needle: a fact hidden in a text, asked for at its end."""
 
 import json
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,8 @@ from typing import Any
 import click
 
 from ...errors import EvaluationError
-from .options import begin, check_settings, eval_options, named, read_text
+from ...evaluation.lines import read_text
+from .options import begin, check_settings, eval_options, named, progress
 
 
 def _shares(
@@ -71,7 +71,6 @@ def _shares(
     show_default=True,
     help="Facts and texts per kind, length and depth.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def needle(text: Path, as_json: bool, **options: Any) -> None:
     """Retrieval of a fact hidden in a text, over its depth and the text's length
 
@@ -85,9 +84,10 @@ def needle(text: Path, as_json: bool, **options: Any) -> None:
     written = read_text(text)
     model, tokenizer, common = begin(options)
     from ...evaluation import needle as task
+    from ...evaluation.asking import check_template
     from ...evaluation.results import Results, settings
 
-    task.check_template(tokenizer, common["model"])
+    check_template(tokenizer, common["model"])
     common |= {**named(text, written), "cases": options["n_cases"]}
     haystack = task.Haystack(written, tokenizer)
     cells = {
@@ -104,8 +104,9 @@ def needle(text: Path, as_json: bool, **options: Any) -> None:
     measured = task.Needle(results, cells, options["prefill_step_size"])
     wanted = settings(options["policies"], options["sizes"])
     to_read = measured.to_read(wanted)
-    with click.progressbar(length=to_read, file=sys.stderr, label="Reading") as bar:
-        rows = list(measured.run(model, tokenizer, wanted, bar.update))
+    with progress(to_read, 7) as (advance, say):
+        say("Reading")
+        rows = list(measured.run(model, tokenizer, wanted, advance))
     means = task.summary(rows)
     picture = task.plot(rows, options["out"] / "needle.png")
     if as_json:

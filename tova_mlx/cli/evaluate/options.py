@@ -1,13 +1,14 @@
 """Options that the evaluations share, and what they begin with."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import click
 
-from ...errors import EvaluationError
 from ...policies import POLICIES, settle
 from ..options import model_option
 
@@ -17,7 +18,7 @@ BOUNDED = tuple(name for name in POLICIES if name != "full")
 
 
 def eval_options(sizes: tuple[int, ...]) -> Callable[[F], F]:
-    """Model, policies, sizes (with this default), seed and where results go."""
+    """Model, policies, sizes (with this default), seed, where results go, `as_json`."""
 
     def decorate(command: F) -> F:
         for option in reversed(
@@ -62,12 +63,31 @@ def eval_options(sizes: tuple[int, ...]) -> Callable[[F], F]:
                     help="Directory for results.jsonl and a PNG; a run that was "
                     "stopped goes on there.",
                 ),
+                click.option(
+                    "--json", "as_json", is_flag=True, help="Print one JSON object."
+                ),
             ]
         ):
             command = option(command)
         return command
 
     return decorate
+
+
+@contextmanager
+def progress(
+    length: int, width: int
+) -> Iterator[tuple[Callable[[int], None], Callable[..., None]]]:
+    """A bar with an ETA on stderr: functions to advance it and to say what is done.
+
+    width: of what will be said, in characters.
+    """
+    with click.progressbar(length=length, file=sys.stderr, label=" " * width) as bar:
+
+        def say(*what: Any) -> None:
+            bar.label = f"{' '.join(map(str, what)):{width}}"
+
+        yield bar.update, say
 
 
 class Loaded(NamedTuple):
@@ -104,17 +124,6 @@ def begin(options: dict[str, Any]) -> Loaded:
     common = provenance(path, dtype, options["seed"])
     common["prefill_step_size"] = options["prefill_step_size"]
     return Loaded(model, tokenizer, common)
-
-
-def read_text(path: Path) -> str:
-    """A text file. Raises EvaluationError."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise EvaluationError(
-            f"{path}: cannot be read ({reason}). Name a text file in UTF-8."
-        ) from error
 
 
 def named(path: Path, text: str) -> dict[str, str]:

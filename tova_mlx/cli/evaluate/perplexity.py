@@ -1,13 +1,14 @@
 """tova-mlx eval perplexity: language modelling on a long text."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from .options import begin, check_settings, eval_options, first_ids, named, read_text
+from ...evaluation.lines import read_text
+from .options import begin, check_settings, eval_options, first_ids, named, progress
+from .tables import percent, pm
 
 
 @click.command(short_help="Perplexity of a long text")
@@ -27,7 +28,6 @@ from .options import begin, check_settings, eval_options, first_ids, named, read
     show_default=True,
     help="Tokens per window; each is read from an empty cache.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def perplexity(text: Path, as_json: bool, **options: Any) -> None:
     """Perplexity of a long text, every policy at every size on the same tokens
 
@@ -57,12 +57,8 @@ def perplexity(text: Path, as_json: bool, **options: Any) -> None:
     wanted = settings(options["policies"], options["sizes"])
     to_read = len(measured.missing(wanted)) * (windows.size - len(windows))
     rows = []
-    with click.progressbar(length=to_read, file=sys.stderr, label=" " * 15) as bar:
-
-        def began(setting: Any) -> None:
-            bar.label = f"{setting!s:15}"
-
-        for row in measured.run(model, wanted, bar.update, began):
+    with progress(to_read, 15) as (advance, say):
+        for row in measured.run(model, wanted, advance, say):
             rows.append(row)
             plot(rows, options["out"] / "perplexity.png")
     if as_json:
@@ -75,22 +71,11 @@ def _table(rows: list[dict[str, Any]]) -> str:
     lines = [f"{'policy':10} {'size':>5} {'perplexity':>17} {'to full':>17} to tova"]
     for row in rows:
         size = row["max_kv_size"] or ""
-        value = _pm(row["value"], row["stderr"])
+        value = pm(row["value"], row["stderr"], 2)
         ratios = [
-            _percent(row.get(f"ratio_to_{name}"), row.get(f"ratio_to_{name}_stderr"))
+            percent(row.get(f"ratio_to_{name}"), row.get(f"ratio_to_{name}_stderr"))
             for name in ("full", "tova")
         ]
         line = f"{row['policy']:10} {size:>5} {value:>17} {ratios[0]:>17} {ratios[1]}"
         lines.append(line.rstrip())
     return "\n".join(lines)
-
-
-def _pm(value: float, error: float | None) -> str:
-    return f"{value:.2f}" if error is None else f"{value:.2f} ± {error:.2f}"
-
-
-def _percent(ratio: float | None, error: float | None) -> str:
-    if ratio is None:
-        return ""
-    change = f"{100 * (ratio - 1):+.1f}"
-    return f"{change} %" if error is None else f"{change} ± {100 * error:.1f} %"
