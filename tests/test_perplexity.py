@@ -134,13 +134,26 @@ def test_a_killed_run_goes_on_where_it_was(model, windows, tmp_path, monkeypatch
     assert calls == []
 
 
-def test_losses_of_another_text_are_not_taken(model, windows, tmp_path):
-    measure(model, windows, tmp_path)
-    (file,) = tmp_path.glob("losses/*/tova-16.npy")
-    file.unlink()
+def test_rows_without_losses_are_read_again_only_for_new_rows(model, windows, tmp_path):
     perplexity, rows = measure(model, windows, tmp_path)
-    assert len(rows) == len(SETTINGS)
-    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == len(SETTINGS)
+    for file in tmp_path.glob("losses/*/*.npy"):
+        file.unlink()
+    assert perplexity.missing(SETTINGS) == []
+    path = tmp_path / "results.jsonl"
+    assert SETTINGS[4] == ("tova", 64) and SETTINGS[6] == ("fade", 64)
+    without = [r for r in rows if (r["policy"], r["max_kv_size"]) != SETTINGS[6]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in without))
+    results = Results(tmp_path, COMMON, SAME)
+    perplexity = Perplexity(results, windows, 64)
+    wanted = [SETTINGS[0], SETTINGS[4], SETTINGS[6]]
+    assert perplexity.missing(SETTINGS) == wanted
+    again = list(perplexity.run(model, SETTINGS))
+    assert again == rows
+    assert len(path.read_text().splitlines()) == len(SETTINGS)
+
+
+def test_losses_of_another_text_are_not_taken(model, windows, tmp_path):
+    perplexity, _ = measure(model, windows, tmp_path)
     other = Results(tmp_path, {**COMMON, "text": "other"}, SAME)
     assert other.rows() == []
     assert Perplexity(other, windows, 64).missing(SETTINGS) == SETTINGS

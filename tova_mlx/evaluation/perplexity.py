@@ -47,8 +47,15 @@ class Perplexity:
         self.results, self.windows, self.step = results, windows, step
 
     def missing(self, settings: list[Setting]) -> list[Setting]:
-        """The settings without a row or without losses, in order."""
-        return [s for s in settings if self._row(s) is None or self._saved(s) is None]
+        """The settings to measure, in order.
+
+        Those without a row, and those without losses that such a row is paired with.
+        """
+        new = [s for s in settings if self._row(s) is None]
+        paired = {other for s in new for other in _references(s)}
+        return [
+            s for s in settings if s in new or s in paired and self._saved(s) is None
+        ]
 
     def run(
         self,
@@ -96,12 +103,10 @@ class Perplexity:
             "n": losses.size,
             "by_position": _by_position(losses),
         }
-        for name in ("full", "tova"):
-            other = Setting(name, None if name == "full" else setting.max_kv_size)
-            if setting.policy not in ("full", name):
-                ratio, error = self.compare(setting, other)
-                row[f"ratio_to_{name}"] = _number(ratio)
-                row[f"ratio_to_{name}_stderr"] = _number(error)
+        for other in _references(setting):
+            ratio, error = self.compare(setting, other)
+            row[f"ratio_to_{other.policy}"] = _number(ratio)
+            row[f"ratio_to_{other.policy}_stderr"] = _number(error)
         return row
 
     def _row(self, setting: Setting) -> dict[str, Any] | None:
@@ -143,6 +148,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> Path:
     )
     axes.legend()
     return save(figure, path)
+
+
+def _references(setting: Setting) -> list[Setting]:
+    """What a setting is compared with: `full`, and `tova` of the same size."""
+    if setting.policy == "full":
+        return []
+    others = [Setting("full", None), Setting("tova", setting.max_kv_size)]
+    return [other for other in others if other != setting]
 
 
 def _perplexity(losses: Losses) -> tuple[float, float]:
