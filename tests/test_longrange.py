@@ -12,16 +12,18 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+import tiny
 from click.testing import CliRunner
+from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 from tova_mlx.cli import main
 from tova_mlx.errors import EvaluationError
-from tova_mlx.evaluation import longrange
+from tova_mlx.evaluation import longrange, reading
 from tova_mlx.evaluation.answers import Answers
 from tova_mlx.evaluation.longrange import LongRange, Task, plot
 from tova_mlx.evaluation.prompts import Prompt, Prompts, trained_context
-from tova_mlx.evaluation.reading import answer
+from tova_mlx.evaluation.reading import answer, new_cache
 from tova_mlx.evaluation.results import Results, Setting, settings
 from tova_mlx.evaluation.scores import f1, mean_over, repetition, rouge_l
 from tova_mlx.evaluation.stories import loss_under_full, tell
@@ -96,6 +98,7 @@ def test_stories_give_their_first_questions_first(tmp_path):
     assert examples[1].document == "A hen.\u2028End."
     assert examples[2].references == ("Hunger.", "Joy.")
     assert load_squality(source, 2) == examples[:2]
+    assert load_squality(source, 2, 1) == [examples[0], examples[2]]
 
 
 def test_papers_for_another_judge_are_left_out(tmp_path):
@@ -106,6 +109,7 @@ def test_papers_for_another_judge_are_left_out(tmp_path):
         (1, "What?"),
         (0, "How?"),
     ]
+    assert load_qasper(source, 99, 1) == [examples[0], examples[2]]
     assert examples[0].references == ("sheep",)
     assert examples[1].references == ("goats", "kids", "some goats")
 
@@ -336,8 +340,9 @@ def task(name="qasper", n=3, max_tokens=4, **drawn):
     return Task(name, "x.jsonl", examples, prompts, max_tokens, **drawn)
 
 
-def saying(model, tokenizer, prompt, setting, step, max_tokens):
+def saying(model, tokenizer, prompt, cache, step, max_tokens):
     """Right under full and on the first example."""
+    (setting,) = cache
     right = setting.policy == "full" or prompt[0] == 0
     return f"answer {prompt[0]}" if right else "nothing"
 
@@ -348,13 +353,15 @@ def asked(monkeypatch):
     calls = []
 
     def answer(*arguments):
-        calls.append((str(arguments[3]), arguments[2][0]))
+        calls.append((str(*arguments[3]), arguments[2][0]))
         return saying(*arguments)
 
     def told(*arguments, temp, seed):
-        calls.append((str(arguments[3]), arguments[2][0]))
-        return "a b c d a b c d", [arguments[3].max_kv_size or 0, seed]
+        (setting,) = arguments[3]
+        calls.append((str(setting), arguments[2][0]))
+        return "a b c d a b c d", [setting.max_kv_size or 0, seed]
 
+    monkeypatch.setattr(longrange, "new_cache", lambda model, setting: [setting])
     monkeypatch.setattr(longrange, "answer", answer)
     monkeypatch.setattr(longrange, "tell", told)
     monkeypatch.setattr(
@@ -464,6 +471,51 @@ def test_more_examples_keep_the_answers_that_are_there(tmp_path, asked):
     assert row["n"] == 3
 
 
+def test_questions_on_one_document_read_it_once(tmp_path, monkeypatch):
+    model, rows = tiny.make(), tiny.tokens(300)[0].tolist()
+    tails = [[1, 2, 3], [1, 9], [4], [5, 6]]
+    examples = [Example(i % 2, "doc", "?", ("x",)) for i in range(4)]
+    examples.append(Example(2, "doc", "?", ("x",)))
+    prompts = [
+        rows[50 * e.source :][:90] + t for e, t in zip(examples[:4], tails, strict=True)
+    ]
+    prompts.append(rows[:70])
+    papers = Task("qasper", "x", examples, [Prompt(p, 0) for p in prompts], 8)
+    assert papers.shared == [90, 90, 90, 90, 0]
+    asked = []
+
+    def spelled(model, tokenizer, prompt, cache, step, max_tokens):
+        """The tokens that follow, as text; `answer` needs a tokenizer for it."""
+        asked.append(len(prompt))
+        steps = generate_step(
+            mx.array(prompt), model, max_tokens=max_tokens, prompt_cache=cache
+        )
+        return " ".join(str(token) for token, _ in steps)
+
+    monkeypatch.setattr(longrange, "answer", spelled)
+    read = []
+    monkeypatch.setattr(
+        longrange,
+        "read",
+        lambda model, tokens, *how: (
+            read.append(tokens.size) or reading.read(model, tokens, *how)
+        ),
+    )
+    common = {"model": "m", "dtype": "float32"}
+    for setting in settings(("tova", "h2o"), (16,)):
+        results = Results(tmp_path / str(setting), common, tuple(common))
+        answers = Answers(results.directory, common)
+        run = LongRange(model, None, results, answers, 32)
+        asked.clear(), read.clear()
+        list(run.run([papers], [setting]))
+        assert read == [90, 90, 0]
+        assert asked == [3, 1, 2, 2, 70]
+        got = [answers.get(digest, setting)["answer"] for digest in papers.digests]
+        for said, prompt in zip(got, prompts, strict=True):
+            cache = new_cache(model, setting)
+            assert said == spelled(model, None, prompt, cache, 32, 8)
+
+
 @pytest.mark.parametrize("content", ["[1]\n", "{}\n", "nothing\n"])
 def test_a_file_of_something_else_is_left_alone(tmp_path, content):
     (tmp_path / "answers.jsonl").write_text(content)
@@ -515,10 +567,14 @@ def test_a_story_has_its_length_and_never_ends_before(demo):
         [{"role": "user", "content": "What is the capital of France? One word."}],
         add_generation_prompt=True,
     )
-    ask = (model, tokenizer, prompt, Setting("tova", 64), 256, 16)
+
+    def ask():
+        cache = new_cache(model, Setting("tova", 64))
+        return model, tokenizer, prompt, cache, 256, 16
+
     # Left to itself, it ends after 7 tokens.
-    assert answer(*ask) == "The capital of France is Paris."
-    said, tokens = tell(*ask, temp=0.0, seed=5)
+    assert answer(*ask()) == "The capital of France is Paris."
+    said, tokens = tell(*ask(), temp=0.0, seed=5)
     assert len(tokens) == 16
     assert not set(tokens) & set(tokenizer.eos_token_ids)
     assert said.startswith("The capital of France is Paris.")
@@ -528,10 +584,13 @@ def test_a_story_has_its_length_and_never_ends_before(demo):
 def test_a_story_is_drawn_by_its_seed(demo):
     model, tokenizer = demo
     prompt = tokenizer.encode("It was a dark night, and")
-    ask = (model, tokenizer, prompt, Setting("tova", 8), 256, 8)
-    drawn = tell(*ask, temp=1.0, seed=5)
-    assert tell(*ask, temp=1.0, seed=5) == drawn
-    assert tell(*ask, temp=1.0, seed=6) != drawn
+
+    def drawn(seed):
+        cache = new_cache(model, Setting("tova", 8))
+        return tell(model, tokenizer, prompt, cache, 256, 8, temp=1.0, seed=seed)
+
+    assert drawn(5) == drawn(5)
+    assert drawn(6) != drawn(5)
 
 
 @pytest.mark.real_model

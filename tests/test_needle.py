@@ -200,7 +200,8 @@ def test_a_prompt_read_once_gives_what_two_readings_give(
     assert losses.shape == (1, len(case.answer))
     np.testing.assert_allclose(got.log_probability, -losses.mean(), rtol=1e-4)
     most = len(case.answer) + needle.SLACK
-    want = reading.answer(model, tokenizer, case.prompt, setting, 64, most)
+    cache = reading.new_cache(model, setting)
+    want = reading.answer(model, tokenizer, case.prompt, cache, 64, most)
     assert got.said == want
     assert sum(read) == n - 1
 

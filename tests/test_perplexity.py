@@ -140,7 +140,8 @@ def test_rows_without_losses_are_read_again_only_for_new_rows(model, windows, tm
         file.unlink()
     assert perplexity.missing(SETTINGS) == []
     path = tmp_path / "results.jsonl"
-    assert SETTINGS[4] == ("tova", 64) and SETTINGS[6] == ("fade", 64)
+    assert SETTINGS[4] == ("tova", 64)
+    assert SETTINGS[6] == ("fade", 64)
     without = [r for r in rows if (r["policy"], r["max_kv_size"]) != SETTINGS[6]]
     path.write_text("".join(json.dumps(row) + "\n" for row in without))
     results = Results(tmp_path, COMMON, SAME)

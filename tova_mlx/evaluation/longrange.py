@@ -9,21 +9,25 @@ stories go on from a text and are scored by the full model's perplexity and by
 repetition, not by another model's preference.
 """
 
+import copy
 import hashlib
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from .answers import Answers
 from .plots import draw_by_size, new_figure, save, style
 from .prompts import Prompt
-from .reading import Progress, answer
+from .reading import Progress, answer, new_cache, read
 from .results import Results, Setting
 from .scores import f1, mean_over, repetition, rouge_l
 from .stories import loss_under_full, tell
@@ -66,6 +70,22 @@ class Task:
     def __str__(self) -> str:
         return self.name
 
+    @cached_property
+    def shared(self) -> list[int]:
+        """Of each prompt how many tokens all prompts on its document begin with.
+
+        At least one token of a prompt is left; 0 where a document has one prompt.
+        """
+        prompts = defaultdict(list)
+        for example, prompt in zip(self.examples, self.prompts, strict=True):
+            prompts[example.source].append(prompt.tokens)
+        lengths = {
+            source: _alike([tokens[:-1] for tokens in some])
+            for source, some in prompts.items()
+            if len(some) > 1
+        }
+        return [lengths.get(example.source, 0) for example in self.examples]
+
     @property
     def cost(self) -> int:
         """Tokens read and written at most: the unit of progress."""
@@ -85,6 +105,8 @@ class LongRange:
     ):
         self.model, self.tokenizer = model, tokenizer
         self.results, self.answers, self.step = results, answers, step
+        # What the last prompts shared, and the caches that have read it.
+        self._begun: tuple[Any, list[Any]] = (None, [])
 
     def cost(self, tasks: list[Task], settings: list[Setting]) -> int:
         """What is to be done, in the unit of progress."""
@@ -105,10 +127,12 @@ class LongRange:
                 row = self._row(task, setting)
                 if row is None:
                     began(task, setting)
-                    answers = [
-                        self._answer(task, i, setting, progress)
-                        for i in range(len(task.examples))
-                    ]
+                    # Those on one document after each other, see `_caches`.
+                    order = sorted(
+                        range(len(task.examples)), key=lambda i: task.examples[i].source
+                    )
+                    known = {i: self._answer(task, i, setting, progress) for i in order}
+                    answers = [known[i] for i in range(len(order))]
                     values = self._values(task, setting, answers)
                     row = self.results.add(setting, **values)
                 yield row
@@ -143,7 +167,9 @@ class LongRange:
     def _write(self, task: Task, i: int, setting: Setting) -> dict[str, Any]:
         """What the model says to an example, and its score."""
         prompt = task.prompts[i].tokens
-        ask = (self.model, self.tokenizer, prompt, setting, self.step, task.max_tokens)
+        n, cache = self._caches(task, i, setting)
+        ask = (self.model, self.tokenizer, prompt[n:], cache)
+        ask = (*ask, self.step, task.max_tokens)
         if task.name != "story":
             said = answer(*ask)
             score = _SCORES[task.name](said, task.examples[i].references)
@@ -155,6 +181,17 @@ class LongRange:
             "loss": loss_under_full(self.model, prompt, tokens, self.step),
             "repetition": repetition(said),
         }
+
+    def _caches(self, task: Task, i: int, setting: Setting) -> tuple[int, list[Any]]:
+        """How many tokens of a prompt its caches have read, and those caches."""
+        n = task.shared[i]
+        begin = task.prompts[i].tokens[:n]
+        if self._begun[0] != (setting, begin):
+            cache = new_cache(self.model, setting)
+            for _ in read(self.model, mx.array([begin]), cache, self.step):
+                pass
+            self._begun = (setting, begin), cache
+        return n, copy.deepcopy(self._begun[1])
 
     def _values(self, task: Task, setting: Setting, answers: Rows) -> dict[str, Any]:
         row: dict[str, Any] = {
@@ -199,6 +236,12 @@ def _mean(task: Task, answers: Rows) -> dict[str, Any]:
     loss, error = mean_over([a["loss"] for a in answers], sources)
     value = math.exp(loss)
     return {"value": value, "stderr": None if error is None else value * error}
+
+
+def _alike(rows: list[list[int]]) -> int:
+    """How many tokens all rows begin with."""
+    columns = zip(*rows, strict=False)
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def _digest(*parts: Any) -> str:

@@ -54,7 +54,7 @@ class Perplexity:
         new = [s for s in settings if self._row(s) is None]
         paired = {other for s in new for other in _references(s)}
         return [
-            s for s in settings if s in new or s in paired and self._saved(s) is None
+            s for s in settings if s in new or (s in paired and self._saved(s) is None)
         ]
 
     def run(

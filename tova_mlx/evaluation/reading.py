@@ -83,17 +83,20 @@ def answer(
     model: nn.Module,
     tokenizer: Any,
     prompt: list[int],
-    setting: Setting,
+    cache: list[Any],
     step: int,
     max_tokens: int,
 ) -> str:
-    """What the model says after a prompt of tokens, greedily, to its own end."""
+    """What the model says after a prompt of tokens, greedily, to its own end.
+
+    cache: has read what comes before the prompt, if anything; it reads on.
+    """
     pieces = stream_generate(
         model,
         tokenizer,
         prompt,
         max_tokens=max_tokens,
-        prompt_cache=new_cache(model, setting),
+        prompt_cache=cache,
         prefill_step_size=step,
     )
     return "".join(piece.text for piece in pieces)

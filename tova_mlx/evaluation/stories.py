@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx_lm.generate import stream_generate
 from mlx_lm.sample_utils import make_sampler
 
-from .reading import new_cache, token_losses
+from .reading import token_losses
 from .results import Setting
 
 
@@ -20,13 +20,13 @@ def tell(
     model: nn.Module,
     tokenizer: Any,
     prompt: list[int],
-    setting: Setting,
+    cache: list[Any],
     step: int,
     max_tokens: int,
     temp: float,
     seed: int,
 ) -> tuple[str, list[int]]:
-    """Text and tokens of a story, `max_tokens` long."""
+    """Text and tokens of a story, `max_tokens` long. cache: as for `answer`."""
     mx.random.seed(seed)
     pieces = list(
         stream_generate(
@@ -36,7 +36,7 @@ def tell(
             max_tokens=max_tokens,
             sampler=make_sampler(temp),
             logits_processors=[_without(tokenizer.eos_token_ids)],
-            prompt_cache=new_cache(model, setting),
+            prompt_cache=cache,
             prefill_step_size=step,
         )
     )

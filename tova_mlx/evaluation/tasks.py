@@ -37,15 +37,16 @@ class Example(NamedTuple):
     references: tuple[str, ...]
 
 
-def load_squality(source: str, n: int) -> list[Example]:
+def load_squality(source: str, n: int, documents: int | None = None) -> list[Example]:
     """`n` questions of SQuALITY or all there are, from as many stories as can be.
 
+    documents: use no more than the first so many.
     source: a file or hub id, see `find`. Raises EvaluationError.
     """
-    documents = []
+    found = []
     for i, line in enumerate(_lines(find(source, "--squality"), _SQUALITY)):
         document = line.get("document", str)
-        documents.append(
+        found.append(
             [
                 Example(
                     i,
@@ -58,18 +59,19 @@ def load_squality(source: str, n: int) -> list[Example]:
                 for question in line.each("questions")
             ]
         )
-    return _spread(documents, n, source)
+    return _spread(found[:documents], n, source)
 
 
-def load_qasper(source: str, n: int) -> list[Example]:
+def load_qasper(source: str, n: int, documents: int | None = None) -> list[Example]:
     """`n` questions of QASPER or all there are, from as many papers as can be.
 
     L-Eval repeats some papers for other judges than F1; those lines are left out, as
     its own scoring leaves them out. It lists a question once per annotator; here it is
     one question with several references, as QASPER scores it.
+    documents: use no more than the first so many.
     source: a file or hub id, see `find`. Raises EvaluationError.
     """
-    documents = []
+    found = []
     for i, line in enumerate(_lines(find(source, "--qasper"), _QASPER)):
         document = line.get("input", str)
         questions = line.strings("instructions")
@@ -84,8 +86,8 @@ def load_qasper(source: str, n: int) -> list[Example]:
         known: dict[str, tuple[str, ...]] = {}
         for question, answer in zip(questions, answers, strict=True):
             known[question] = known.get(question, ()) + line.references(answer)
-        documents.append([Example(i, document, *pair) for pair in known.items()])
-    return _spread(documents, n, source)
+        found.append([Example(i, document, *pair) for pair in known.items()])
+    return _spread(found[:documents], n, source)
 
 
 def load_story(text: str, n: int, n_tokens: int, tokenizer: Any) -> list[Example]:

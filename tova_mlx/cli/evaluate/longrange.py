@@ -52,6 +52,12 @@ _DATA = {"squality": "squality", "qasper": "qasper", "story": "text"}
     help="Questions or stories per task, from as many documents as can be.",
 )
 @click.option(
+    "--documents",
+    type=click.IntRange(min=1),
+    help="Take questions from the first so many documents only. What questions on one "
+    "document share is read once.  [default: all]",
+)
+@click.option(
     "--max-tokens",
     type=click.IntRange(min=1),
     help="Tokens of an answer at most, and of a story exactly.  [default: squality "
@@ -142,7 +148,7 @@ def _questions(name: str, options: dict[str, Any]) -> "list[Example]":
     from ...evaluation.tasks import load_qasper, load_squality
 
     load = load_squality if name == "squality" else load_qasper
-    return load(options[name], options["examples"])
+    return load(options[name], options["examples"], options["documents"])
 
 
 def _task(
