@@ -10,6 +10,7 @@ from pathlib import Path
 from common import write_block
 
 from tova_mlx import POLICIES
+from tova_mlx.cli.evaluate.tables import pm
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -97,6 +98,21 @@ def needle() -> str:
     return "\n".join(lines)
 
 
+def longrange() -> str:
+    """Markdown: scores in percent, and the difference to full on the same questions."""
+    lines = ["| policy, size | task | score | to `full` |", "|---" * 4 + "|"]
+    for row in _rows("longrange/results.jsonl"):
+        change = ""
+        if "minus_full" in row:
+            change = pm(100 * row["minus_full"], 100 * row["minus_full_stderr"], 1, "+")
+        lines.append(
+            f"| `{row['policy']}` {row['max_kv_size'] or ''} "
+            f"| {row['task']}, {row['unit']} "
+            f"| {pm(100 * row['value'], 100 * row['stderr'], 1)} | {change} |"
+        )
+    return "\n".join(lines)
+
+
 def kept() -> str:
     """Markdown: means over layers of what is kept, by policy and size."""
     from tova_mlx.evaluation.kept import relative
@@ -155,6 +171,7 @@ TABLES = {
     "packed": packed,
     "perplexity": perplexity,
     "needle": needle,
+    "longrange": longrange,
     "kept": kept,
 }
 

@@ -1,19 +1,22 @@
 #!/usr/bin/env bash
 # Measures what the README says of quality: results/*/results.jsonl and figures.
 #
-#   scripts/reproduce.sh MOBY_DICK.txt PERSUASION.txt [OUT]
+#   scripts/reproduce.sh MOBY_DICK.txt PERSUASION.txt QASPER [OUT]
 #
-# Both novels as plain text in UTF-8; any long texts will do. OUT: where the results go,
-# `results` by default. Rows that are there are not measured again: name another OUT to
-# repeat all. Hours on two cores; a stopped run goes on where it was.
+# Both novels as plain text in UTF-8; any long texts will do. QASPER as L-Eval packs it: a
+# file or a hub id. OUT: where the results go, `results` by default. Rows that are there
+# are not measured again: name another OUT to repeat all. Hours on two cores; a stopped run
+# goes on where it was.
 set -euo pipefail
-if [ $# -lt 2 ]; then
-    sed -n '2,8s/^# \{0,1\}//p' "$0"
+if [ $# -lt 3 ]; then
+    sed -n '2,10s/^# \{0,1\}//p' "$0"
     exit 2
 fi
 moby_dick=$(realpath "$1")
 persuasion=$(realpath "$2")
-out=${3:-results}
+qasper=$3
+if [ -f "$qasper" ]; then qasper=$(realpath "$qasper"); fi
+out=${4:-results}
 . "$(dirname "$0")/setup.sh" demo,eval
 .venv/bin/python scripts/prepare_demo_model.py >/dev/null
 tova=.venv/bin/tova-mlx
@@ -21,7 +24,8 @@ $tova eval kept "$persuasion" --tokens 2048 --max-kv-size 128 --max-kv-size 512 
     --out "$out/kept"
 $tova eval needle --text "$persuasion" --max-kv-size 256 --length 1024 --kind digits \
     --depth 0.25 --depth 0.5 --depth 0.75 --cases 5 --out "$out/needle"
-# The sizes in the order of interest: an eighth of the context first.
-for size in 256 64 1024 512 128; do
-    $tova eval perplexity "$moby_dick" --max-kv-size $size --out "$out/perplexity"
-done
+$tova eval longrange --qasper "$qasper" --documents 6 --examples 99 \
+    --max-kv-size 512 --out "$out/longrange"
+# An eighth of the context first.
+$tova eval perplexity "$moby_dick" --max-kv-size 256 --max-kv-size 64 \
+    --max-kv-size 1024 --max-kv-size 512 --max-kv-size 128 --out "$out/perplexity"

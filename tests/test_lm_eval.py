@@ -195,3 +195,13 @@ def test_without_the_harness_the_reason_is_one_line(monkeypatch, demo_path):
     assert result.stderr.splitlines() == [
         'Error: mlx_lm.evaluate needs lm-eval. Run: pip install "tova_mlx[eval]"'
     ]
+
+
+def test_a_task_that_is_not_there_is_one_line(demo_path):
+    command = ["run", "--max-kv-size", str(LIMIT), "evaluate"]
+    command += ["--model", str(demo_path), "--tasks", "no_such_task"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith(
+        "Error: lm-eval: Spec 'no_such_task' is not a registered task"
+    )

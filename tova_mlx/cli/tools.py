@@ -42,6 +42,12 @@ def run_tool(tool: str, arguments: Sequence[str], options: dict[str, Any]) -> No
     sys.argv = [f"mlx_lm.{tool}", *arguments]
     try:
         module.main()
+    except KeyError as error:
+        if "not a registered task" not in str(error):
+            raise
+        raise EvaluationError(
+            f"lm-eval: {error.args[0]}. `lm-eval ls tasks` names its tasks."
+        ) from error
     finally:
         module.load, sys.argv = loader, before
 
