@@ -13,6 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tova_mlx.cli import evaluate, main, models
 from tova_mlx.errors import EvaluationError
+from tova_mlx.evaluation import haystack as haystacks
 from tova_mlx.evaluation import needle, reading
 from tova_mlx.evaluation.results import Results, Setting, settings
 
@@ -49,7 +50,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def haystack(text, tokenizer):
-    return needle.Haystack(text, tokenizer)
+    return haystacks.Haystack(text, tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +59,14 @@ def model():
 
 
 def cases_of(haystack, cells, n=2, seed=0):
-    return {cell: needle.draw(haystack, cell, n, seed) for cell in cells}
+    return {cell: haystacks.draw(haystack, cell, n, seed) for cell in cells}
 
 
 def test_sentences_end_where_a_sentence_does():
     text = (
         'I saw Mr. Pip\nat 3 p.m. on it. "Why?" He\nleft.\n\nChapter 2\n\nJ. B. came!  '
     )
-    assert needle.sentences(text) == [
+    assert haystacks.sentences(text) == [
         "I saw Mr. Pip at 3 p.m. on it.",
         ' "Why?"',
         " He left.",
@@ -73,12 +74,12 @@ def test_sentences_end_where_a_sentence_does():
     ]
 
 
-@pytest.mark.parametrize("kind", needle.KINDS)
+@pytest.mark.parametrize("kind", haystacks.KINDS)
 @pytest.mark.parametrize("depth", [*DEPTHS, 0.77])
 def test_the_needle_stands_at_the_boundary_nearest_to_its_depth(tokenizer, kind, depth):
     lines = [f"Line {i} has{' words' * (i * 7 % 11)}." for i in range(200)]
-    haystack = needle.Haystack(" ".join(lines), tokenizer)
-    for case in needle.draw(haystack, needle.Cell(kind, 1500, depth), 5, 0):
+    haystack = haystacks.Haystack(" ".join(lines), tokenizer)
+    for case in haystacks.draw(haystack, haystacks.Cell(kind, 1500, depth), 5, 0):
         before, after = (s.strip() for s in case.text.split(case.fact.needle))
         whole = f"{before} {after}".strip()
         assert whole in " ".join(lines)
@@ -92,14 +93,14 @@ def test_the_needle_stands_at_the_boundary_nearest_to_its_depth(tokenizer, kind,
 
 def test_depth_0_is_the_start_and_1_the_end(haystack):
     for depth, method in ((0.0, "startswith"), (1.0, "endswith")):
-        cases = needle.draw(haystack, needle.Cell("digits", 600, depth), 3, 0)
+        cases = haystacks.draw(haystack, haystacks.Cell("digits", 600, depth), 3, 0)
         assert all(getattr(c.text, method)(c.fact.needle) for c in cases)
 
 
 @pytest.mark.parametrize("length", [400, 1500, 4000])
 def test_the_length_is_honoured_within_a_few_tokens(haystack, tokenizer, length):
-    for kind in needle.KINDS:
-        for case in needle.draw(haystack, needle.Cell(kind, length, 0.5), 5, 0):
+    for kind in haystacks.KINDS:
+        for case in haystacks.draw(haystack, haystacks.Cell(kind, length, 0.5), 5, 0):
             n = len(tokenizer.encode(case.text, add_special_tokens=False))
             # A word may be cut off or not.
             assert abs(n - length) <= 10
@@ -108,9 +109,9 @@ def test_the_length_is_honoured_within_a_few_tokens(haystack, tokenizer, length)
 @pytest.mark.real_model
 @pytest.mark.parametrize("length", [200, 700])
 def test_the_length_is_honoured_by_a_real_tokenizer(demo, text, length):
-    haystack = needle.Haystack(text, demo[1])
-    for kind in needle.KINDS:
-        for case in needle.draw(haystack, needle.Cell(kind, length, 0.5), 5, 0):
+    haystack = haystacks.Haystack(text, demo[1])
+    for kind in haystacks.KINDS:
+        for case in haystacks.draw(haystack, haystacks.Cell(kind, length, 0.5), 5, 0):
             n = len(demo[1].encode(case.text, add_special_tokens=False))
             assert abs(n - length) <= 4
             assert (
@@ -126,7 +127,7 @@ def test_a_tokenizer_that_begins_every_text_with_a_blank_counts_right(text):
         def encode(self, text, add_special_tokens=True):
             return [5, *super().encode(text, add_special_tokens)]
 
-    plain, blank = (needle.Haystack(text, t()) for t in (Characters, Blank))
+    plain, blank = (haystacks.Haystack(text, t()) for t in (Characters, Blank))
     assert (plain.ends == blank.ends).all()
 
 
@@ -137,25 +138,25 @@ def test_an_answer_that_grows_into_the_prompt_is_told_apart(haystack):
             pairs = (text[i : i + 2] for i in range(0, len(text), 2))
             return [hash(pair) for pair in pairs]
 
-    fact = needle.Fact("What?", "It is", "so")
+    fact = haystacks.Fact("What?", "It is", "so")
     for text in ("even", "odd"):
-        prompt, answer = needle._prompt(Pairs(), fact, text)
+        prompt, answer = haystacks._prompt(Pairs(), fact, text)
         whole = Pairs().apply_chat_template(
-            [{"content": needle._PROMPT.format(text, "What?")}], tokenize=False
+            [{"content": haystacks._PROMPT.format(text, "What?")}], tokenize=False
         )
         assert prompt + answer == Pairs().encode(f"{whole}It is so", False)
         assert len(answer) == 2
 
 
 def test_a_seed_gives_the_same_cases_whatever_else_is_drawn(haystack):
-    cell = needle.Cell("sentence", 800, 0.5)
-    cases = needle.draw(haystack, cell, 4, seed=1)
-    assert needle.draw(haystack, cell, 2, seed=1) == cases[:2]
+    cell = haystacks.Cell("sentence", 800, 0.5)
+    cases = haystacks.draw(haystack, cell, 4, seed=1)
+    assert haystacks.draw(haystack, cell, 2, seed=1) == cases[:2]
     around = [case.text.replace(case.fact.needle, "") for case in cases]
     assert len(set(around)) == 4
-    others = needle.draw(haystack, cell, 4, seed=2)
+    others = haystacks.draw(haystack, cell, 4, seed=2)
     assert not {case.text for case in cases} & {case.text for case in others}
-    deeper = needle.draw(haystack, cell._replace(depth=0.75), 4, seed=1)
+    deeper = haystacks.draw(haystack, cell._replace(depth=0.75), 4, seed=1)
     assert not {c.fact for c in cases} & {c.fact for c in deeper}
 
 
@@ -173,12 +174,12 @@ def test_a_seed_gives_the_same_cases_whatever_else_is_drawn(haystack):
     ],
 )
 def test_a_hit_has_every_word_that_counts(answer, said, hit):
-    assert needle.Fact("?", "It is", answer).is_hit(said) is hit
+    assert haystacks.Fact("?", "It is", answer).is_hit(said) is hit
 
 
 def test_every_fact_has_words_that_count_and_asks_for_them():
     rng = random.Random(0)
-    for draw in needle.KINDS.values():
+    for draw in haystacks.KINDS.values():
         for _ in range(50):
             fact = draw(rng)
             assert fact.is_hit(fact.needle)
@@ -191,7 +192,7 @@ def test_every_fact_has_words_that_count_and_asks_for_them():
 def test_a_prompt_read_once_gives_what_two_readings_give(
     model, tokenizer, haystack, setting, step
 ):
-    (case,) = needle.draw(haystack, needle.Cell("digits", 160, 0.5), 1, 0)
+    (case,) = haystacks.draw(haystack, haystacks.Cell("digits", 160, 0.5), 1, 0)
     read = []
     got = needle.ask(model, tokenizer, case, setting, step, read.append)
     tokens = tiny.mx.array([case.prompt + case.answer])
@@ -206,7 +207,7 @@ def test_a_prompt_read_once_gives_what_two_readings_give(
     assert sum(read) == n - 1
 
 
-CELLS = [needle.Cell("digits", 128, d) for d in (0.0, 1.0)]
+CELLS = [haystacks.Cell("digits", 128, d) for d in (0.0, 1.0)]
 WANTED = [FULL, TOVA, WINDOW]
 COMMON = {"model": "tiny", "seed": 0}
 
@@ -312,7 +313,7 @@ def test_the_plot_has_a_panel_per_setting(n, tmp_path, monkeypatch):
             "mean_log_probability": i - 8 - depth - (kind == "digits"),
         }
         for i, setting in enumerate(wanted)
-        for kind in needle.KINDS
+        for kind in haystacks.KINDS
         for length in (512, 1024)
         for depth in DEPTHS
         # One cell is missing yet.
@@ -387,7 +388,7 @@ def test_the_command_gives_a_table_rows_and_a_plot(command, tmp_path):
 def test_the_help_names_the_kinds_that_there_are():
     parameters = evaluate.commands["needle"].params
     option: Any = next(p for p in parameters if p.name == "kinds")
-    assert list(option.type.choices) == list(needle.KINDS)
+    assert list(option.type.choices) == list(haystacks.KINDS)
 
 
 def one_line(result, message):
@@ -413,7 +414,7 @@ def test_a_text_that_is_too_short_is_refused(command):
 
 def test_an_empty_text_is_refused(tokenizer):
     with pytest.raises(EvaluationError, match="has 0 tokens"):
-        needle.Haystack(" \n\n", tokenizer).hide("It.", 100, 0.5, random.Random(0))
+        haystacks.Haystack(" \n\n", tokenizer).hide("It.", 100, 0.5, random.Random(0))
 
 
 def test_a_model_without_chat_template_is_refused(command):
@@ -432,8 +433,8 @@ def test_a_missing_text_is_refused_before_a_model_is_loaded(tmp_path):
 @pytest.mark.real_model
 def test_the_full_cache_finds_what_a_window_has_lost(demo, text):
     model, tokenizer = demo
-    haystack = needle.Haystack(text, tokenizer)
-    cases = needle.draw(haystack, needle.Cell("digits", 300, 0.0), 2, 0)
+    haystack = haystacks.Haystack(text, tokenizer)
+    cases = haystacks.draw(haystack, haystacks.Cell("digits", 300, 0.0), 2, 0)
     for case in cases:
         full, window = (
             needle.ask(model, tokenizer, case, setting, 256)

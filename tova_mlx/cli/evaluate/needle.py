@@ -85,15 +85,16 @@ def needle(text: Path, as_json: bool, **options: Any) -> None:
     model, tokenizer, common = begin(options)
     from ...evaluation import needle as task
     from ...evaluation.asking import check_template
+    from ...evaluation.haystack import Cell, Haystack, draw
     from ...evaluation.results import Results, settings
 
     check_template(tokenizer, common["model"])
     common |= {**named(text, written), "cases": options["n_cases"]}
-    haystack = task.Haystack(written, tokenizer)
+    haystack = Haystack(written, tokenizer)
     cells = {
-        cell: task.draw(haystack, cell, options["n_cases"], options["seed"])
+        cell: draw(haystack, cell, options["n_cases"], options["seed"])
         for cell in (
-            task.Cell(*place)
+            Cell(*place)
             for place in product(
                 options["kinds"], options["lengths"], options["depths"]
             )
