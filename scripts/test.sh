@@ -3,4 +3,4 @@
 set -euo pipefail
 . "$(dirname "$0")/setup.sh" demo,dev,eval
 .venv/bin/python scripts/prepare_demo_model.py >/dev/null
-.venv/bin/python -m pytest "$@"
+.venv/bin/python -m pytest -n 2 --dist worksteal "$@"

@@ -8,6 +8,9 @@ import pytest
 
 from tova_mlx.blas import load_openblas
 
+# Workers of pytest-xdist, and what they start, share the cores among them.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 load_openblas()
 
 from tova_mlx.demo import demo_model_path  # noqa: E402

@@ -171,6 +171,28 @@ def test_the_figure_has_a_line_for_every_policy(model, windows, tmp_path):
     assert not pyplot.get_fignums()
 
 
+def test_a_policy_that_is_far_off_does_not_flatten_the_changes(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(
+        "tova_mlx.evaluation.perplexity.save", lambda figure, _: figures.append(figure)
+    )
+    full = {**COMMON, "policy": "full", "max_kv_size": None, "value": 40, "stderr": 1}
+    rows = [full]
+    for policy, change in (("tova", 0.06), ("h2o", 0.08), ("window", 3.5)):
+        row = {**full, "policy": policy, "max_kv_size": 64, "value": 40 * (1 + change)}
+        rows.append({**row, "ratio_to_full": 1 + change, "ratio_to_full_stderr": 0.02})
+    plot(rows, tmp_path)
+    plot(rows[:1], tmp_path)
+    (_, changes), alone = (figure.axes for figure in figures)
+    assert len(alone) == 1
+    low, high = changes.get_ylim()
+    assert low < 0 < 8 < high < 20
+    labels = {line.get_label() for line in changes.containers}
+    assert labels == {"tova", "h2o", "window"}
+    assert "(%)" in changes.get_ylabel()
+
+
 def test_a_text_too_short_is_refused():
     with pytest.raises(EvaluationError, match="less than one context of 300"):
         cut(list(range(299)), 300, 1000)

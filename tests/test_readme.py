@@ -28,7 +28,7 @@ COMMANDS = [
 ]
 
 
-TABLES = ["quality", "packed", "perplexity", "needle", "kept"]
+TABLES = ["quality", "packed", "perplexity", "needle", "longrange", "kept"]
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -25,7 +25,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .answers import Answers
-from .plots import draw_by_size, new_figure, save, style
+from .plots import draw_by_size, legend_below, new_figure, save, style
 from .prompts import Prompt
 from .reading import Progress, answer, new_cache, read
 from .results import Results, Setting
@@ -256,13 +256,7 @@ def plot(rows: Rows, path: Path) -> Path:
     )
     for axes, task in zip(panels[0], tasks, strict=True):
         _panel(axes, [row for row in rows if row["task"] == task])
-    marks: dict[str, Any] = {}
-    for axes in panels[0]:
-        for mark, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            marks.setdefault(label, mark)
-    figure.legend(
-        marks.values(), marks.keys(), loc="outside lower center", ncols=4 * len(tasks)
-    )
+    legend_below(figure, panels[0], 4 * len(tasks))
     figure.suptitle(f"{rows[0]['model']}: long-range tasks, ± standard error")
     return save(figure, path)
 

@@ -7,6 +7,7 @@ compared on the same tokens.
 
 import math
 import os
+import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import EvaluationError
-from .plots import draw_by_size, new_figure, save
+from .plots import draw_by_size, legend_below, new_figure, save, style
 from .reading import Progress, token_losses
 from .results import Results, Setting
 from .statistics import mean_with_error
@@ -134,20 +135,44 @@ class Perplexity:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> Path:
-    """Perplexity against tokens kept, a line per policy, `full` dashed."""
-    figure, axes = new_figure()
-    first = rows[0]
-    draw_by_size(axes, rows)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:.0f}")
-    axes.yaxis.set_minor_formatter("{x:.0f}")
-    axes.set_ylabel("perplexity (lower is better; bars: standard error)")
-    axes.set_title(
-        f"{first['model']}, {first['text']}: {first['tokens']:,} tokens in contexts "
-        f"of {first['context']:,}"
+    """Against tokens kept, a line per policy: perplexity, and its change from full."""
+    changes = [_change(row) for row in rows if row.get("ratio_to_full") is not None]
+    figure, grid = new_figure(
+        width=12 if changes else 7, ncols=2 if changes else 1, squeeze=False
     )
-    axes.legend()
+    panels, first = grid[0], rows[0]
+    draw_by_size(panels[0], rows)
+    panels[0].set_yscale("log")
+    panels[0].yaxis.set_major_formatter("{x:.0f}")
+    panels[0].yaxis.set_minor_formatter("{x:.0f}")
+    panels[0].set_ylabel("perplexity (lower is better)")
+    if changes:
+        _draw_changes(panels[1], changes)
+    figure.suptitle(
+        f"{first['model']}, {first['text']}: {first['tokens']:,} tokens in contexts "
+        f"of {first['context']:,}; bars: standard error"
+    )
+    legend_below(figure, panels, 8)
     return save(figure, path)
+
+
+def _change(row: dict[str, Any]) -> dict[str, Any]:
+    error = row["ratio_to_full_stderr"]
+    change = 100 * (row["ratio_to_full"] - 1)
+    return {**row, "value": change, "stderr": None if error is None else 100 * error}
+
+
+def _draw_changes(axes: Any, changes: list[dict[str, Any]]) -> None:
+    draw_by_size(axes, changes, apart=0.03)
+    axes.axhline(0, **style("full"))
+    # The better half of the policies in full: the worst would flatten them.
+    worst: dict[str, float] = {}
+    for row in changes:
+        most = row["value"] + (row["stderr"] or 0)
+        worst[row["policy"]] = max(most, worst.get(row["policy"], most))
+    top = 1.2 * max(1.0, statistics.median(worst.values()))
+    axes.set_ylim(min(0, *(r["value"] for r in changes)) - 0.05 * top, top)
+    axes.set_ylabel("change from full, on the same tokens (%)")
 
 
 def _references(setting: Setting) -> list[Setting]:

@@ -86,6 +86,15 @@ def draw_by_size(
     return sizes
 
 
+def legend_below(figure: Any, panels: Sequence[Any], ncols: int) -> None:
+    """One legend for all panels, under them."""
+    marks: dict[str, Any] = {}
+    for axes in panels:
+        for mark, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            marks.setdefault(label, mark)
+    figure.legend(marks.values(), marks.keys(), loc="outside lower center", ncols=ncols)
+
+
 def save(figure: Any, path: Path) -> Path:
     """Write a PNG and let go of the figure."""
     figure.savefig(path, dpi=150)
