@@ -22,7 +22,7 @@ out=${4:-results}
 tova=.venv/bin/tova-mlx
 $tova eval kept "$persuasion" --tokens 2048 --max-kv-size 128 --max-kv-size 512 \
     --out "$out/kept"
-$tova eval needle --text "$persuasion" --max-kv-size 256 --length 1024 --kind digits \
+$tova eval needle --text "$persuasion" --max-kv-size 256 --length 1024 \
     --depth 0.25 --depth 0.5 --depth 0.75 --cases 5 --out "$out/needle"
 $tova eval longrange --qasper "$qasper" --documents 6 --examples 99 \
     --max-kv-size 512 --out "$out/longrange"

@@ -471,6 +471,20 @@ def test_more_examples_keep_the_answers_that_are_there(tmp_path, asked):
     assert row["n"] == 3
 
 
+def test_full_is_asked_again_only_for_a_new_row(tmp_path, asked):
+    want = list(measured(tmp_path).run([task()], WANTED))
+    (tmp_path / "answers.jsonl").unlink()
+    asked.clear()
+    assert list(measured(tmp_path).run([task()], WANTED)) == want
+    assert asked == []
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    run = measured(tmp_path)
+    assert run.cost([task()], WANTED) == 2 * 3 * (3 + 4)
+    assert list(run.run([task()], WANTED)) == want
+    assert asked == [(s, i) for s in ("full", "streaming 16") for i in range(3)]
+
+
 def test_questions_on_one_document_read_it_once(tmp_path, monkeypatch):
     model, rows = tiny.make(), tiny.tokens(300)[0].tolist()
     tails = [[1, 2, 3], [1, 9], [4], [5, 6]]

@@ -40,6 +40,7 @@ _TITLES = {
     "qasper": ("QASPER", "answers", "token F1 (higher is better)"),
     "story": ("Stories", "continuations", "perplexity under full (lower is better)"),
 }
+_FULL = Setting("full", None)
 
 Rows = Sequence[dict[str, Any]]
 
@@ -110,9 +111,7 @@ class LongRange:
 
     def cost(self, tasks: list[Task], settings: list[Setting]) -> int:
         """What is to be done, in the unit of progress."""
-        return sum(
-            task.cost for task in tasks for s in settings if self._row(task, s) is None
-        )
+        return sum(task.cost * len(self._missing(task, settings)) for task in tasks)
 
     def run(
         self,
@@ -123,9 +122,10 @@ class LongRange:
     ) -> Iterator[dict[str, Any]]:
         """The rows of every task and setting in order, measured where missing."""
         for task in tasks:
+            missing = self._missing(task, settings)
             for setting in settings:
                 row = self._row(task, setting)
-                if row is None:
+                if setting in missing:
                     began(task, setting)
                     # Those on one document after each other, see `_caches`.
                     order = sorted(
@@ -134,8 +134,23 @@ class LongRange:
                     known = {i: self._answer(task, i, setting, progress) for i in order}
                     answers = [known[i] for i in range(len(order))]
                     values = self._values(task, setting, answers)
-                    row = self.results.add(setting, **values)
+                    row = row or self.results.add(setting, **values)
+                assert row is not None
                 yield row
+
+    def _missing(self, task: Task, settings: list[Setting]) -> list[Setting]:
+        """The settings to measure, in order.
+
+        Those without a row, and `full` without the answers that such a row is paired
+        with.
+        """
+        new = [s for s in settings if self._row(task, s) is None]
+        paired = new and len(self._known(task, _FULL)) < len(task.examples)
+        return [s for s in settings if s in new or (s == _FULL and paired)]
+
+    def _known(self, task: Task, setting: Setting) -> Rows:
+        known = [self.answers.get(digest, setting) for digest in task.digests]
+        return [answer for answer in known if answer is not None]
 
     def _row(self, task: Task, setting: Setting) -> dict[str, Any] | None:
         wanted = {"task": task.name, "prompts": task.digest, **setting._asdict()}
@@ -214,8 +229,7 @@ class LongRange:
 
     def _against_full(self, task: Task, answers: Rows) -> dict[str, Any]:
         """Difference to `full` on the same examples; for stories the ratio."""
-        known = [self.answers.get(d, Setting("full", None)) for d in task.digests]
-        full = [a for a in known if a is not None]
+        full = self._known(task, _FULL)
         if len(full) < len(answers):
             return {}
         name = "loss" if task.name == "story" else "score"
