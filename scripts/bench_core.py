@@ -20,12 +20,10 @@ from tova_mlx.blas import load_openblas
 load_openblas()
 
 import mlx.core as mx  # noqa: E402
-from common import provenance  # noqa: E402
-from mlx_lm import load  # noqa: E402
+from common import load_demo_model, provenance  # noqa: E402
 from mlx_lm.models.cache import KVCache, RotatingKVCache  # noqa: E402
 
 from tova_mlx import make_prompt_cache  # noqa: E402
-from tova_mlx.demo import demo_model_path  # noqa: E402
 
 SIZE, LENGTH, STEP = 512, 2048, 2048
 EXCERPT = Path(__file__).parent / "moby_dick_excerpt.txt"
@@ -38,9 +36,7 @@ def main() -> None:
     parser.add_argument("--decode-tokens", type=int, default=16_384)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    model, tokenizer = load(str(demo_model_path()))
-    if not mx.metal.is_available():
-        model.set_dtype(mx.float32)
+    model, tokenizer = load_demo_model()
     n_layers = len(model.layers)
     ids = tokenizer.encode(args.text.read_text(encoding="utf-8")[:40_000])
     ids = (ids * (LENGTH // len(ids) + 1))[:LENGTH]

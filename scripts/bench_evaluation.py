@@ -21,10 +21,8 @@ from tova_mlx.blas import load_openblas
 load_openblas()
 
 import mlx.core as mx  # noqa: E402
-from common import provenance  # noqa: E402
-from mlx_lm import load  # noqa: E402
+from common import load_demo_model, provenance  # noqa: E402
 
-from tova_mlx.demo import demo_model_path  # noqa: E402
 from tova_mlx.evaluation.reading import token_losses  # noqa: E402
 from tova_mlx.evaluation.results import Setting  # noqa: E402
 
@@ -39,9 +37,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    model, tokenizer = load(str(demo_model_path()))
-    if not mx.metal.is_available():
-        model.set_dtype(mx.float32)
+    model, tokenizer = load_demo_model()
     ids = tokenizer.encode(args.text.read_text(encoding="utf-8")[: 8 * LONG])
     ids = (ids * (LONG // len(ids) + 1))[:LONG]
 

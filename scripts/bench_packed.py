@@ -18,11 +18,9 @@ from tova_mlx.blas import load_openblas
 load_openblas()
 
 import mlx.core as mx  # noqa: E402
-from common import provenance  # noqa: E402
-from mlx_lm import load  # noqa: E402
+from common import load_demo_model, provenance  # noqa: E402
 
 from tova_mlx import make_prompt_cache  # noqa: E402
-from tova_mlx.demo import demo_model_path  # noqa: E402
 
 STORAGE = {
     "plain": {},
@@ -39,9 +37,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    model, _ = load(str(demo_model_path()))
-    if not mx.metal.is_available():
-        model.set_dtype(mx.float32)
+    model, _ = load_demo_model()
     mx.eval(model.parameters())
     tokens = mx.random.randint(0, 1000, (1, args.limit + 256))
     mx.eval(tokens)

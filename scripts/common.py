@@ -14,6 +14,19 @@ def provenance() -> dict[str, Any]:
     return circumstances(f"python scripts/{Path(sys.argv[0]).name}")
 
 
+def load_demo_model() -> tuple[Any, Any]:
+    """The demo model and its tokenizer, in float32 where there is no Metal."""
+    import mlx.core as mx
+    from mlx_lm import load
+
+    from tova_mlx.demo import demo_model_path
+
+    model, tokenizer = load(str(demo_model_path()))
+    if not mx.metal.is_available():
+        model.set_dtype(mx.float32)
+    return model, tokenizer
+
+
 def write_block(name: str, text: str) -> None:
     """Put text between the marks of that name in the README."""
     head, rest = README.read_text(encoding="utf-8").split(f"<!-- {name} -->")

@@ -10,7 +10,7 @@ from pathlib import Path
 from common import write_block
 
 from tova_mlx import POLICIES
-from tova_mlx.cli.evaluate.tables import pm
+from tova_mlx.cli.evaluate.tables import percent, pm
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -57,7 +57,7 @@ def perplexity() -> str:
     sizes = sorted({r["max_kv_size"] for r in rows if r["max_kv_size"]})
     found = {(r["policy"], r["max_kv_size"]): r for r in rows}
     full = found["full", None]
-    head = [f"`{full['text']}`, full {full['value']:.2f} ± {full['stderr']:.2f}"]
+    head = [f"`{full['text']}`, full {pm(full['value'], full['stderr'], 2)}"]
     lines = ["| " + " | ".join(head + [str(s) for s in sizes]) + " |"]
     lines.append("|---" * (len(sizes) + 1) + "|")
     policies = [p for p in POLICIES if any((p, s) in found for s in sizes)]
@@ -93,7 +93,7 @@ def needle() -> str:
         lines.append(
             f"| `{row['policy']}` {row['max_kv_size'] or ''} | {row['kind']} "
             f"| {row['value']:.2f}, {low:.2f} to {high:.2f} "
-            f"| {mean:.2f} ± {error:.2f} | {row['n']} |"
+            f"| {pm(mean, error, 2)} | {row['n']} |"
         )
     return "\n".join(lines)
 
@@ -156,14 +156,14 @@ def _rows(name: str) -> list[dict]:
 
 
 def _cell(row: dict) -> str:
-    value = f"{row['value']:.2f} ± {row['stderr']:.2f}"
+    value = pm(row["value"], row["stderr"], 2)
     if row["policy"] == "full":
         return value
     return f"{value} ({_change(row, 'ratio_to_full')})"
 
 
 def _change(row: dict, ratio: str, error: str = "ratio_stderr") -> str:
-    return f"{100 * (row[ratio] - 1):+.1f} ± {100 * row[error]:.1f} %"
+    return percent(row[ratio], row[error])
 
 
 TABLES = {

@@ -361,7 +361,9 @@ def asked(monkeypatch):
         calls.append((str(setting), arguments[2][0]))
         return "a b c d a b c d", [setting.max_kv_size or 0, seed]
 
-    monkeypatch.setattr(longrange, "new_cache", lambda model, setting: [setting])
+    monkeypatch.setattr(
+        longrange, "filled", lambda model, ids, setting, step: [setting]
+    )
     monkeypatch.setattr(longrange, "answer", answer)
     monkeypatch.setattr(longrange, "tell", told)
     monkeypatch.setattr(
@@ -510,9 +512,9 @@ def test_questions_on_one_document_read_it_once(tmp_path, monkeypatch):
     read = []
     monkeypatch.setattr(
         longrange,
-        "read",
-        lambda model, tokens, *how: (
-            read.append(tokens.size) or reading.read(model, tokens, *how)
+        "filled",
+        lambda model, ids, *how: (
+            read.append(len(ids)) or reading.filled(model, ids, *how)
         ),
     )
     common = {"model": "m", "dtype": "float32"}

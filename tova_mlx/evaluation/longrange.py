@@ -20,15 +20,14 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from .answers import Answers
 from .plots import draw_by_size, legend_below, new_figure, save, style
 from .prompts import Prompt
-from .reading import Progress, answer, new_cache, read
-from .results import Results, Setting
+from .reading import Progress, answer, filled
+from .results import Results, Setting, missing
 from .scores import f1, mean_over, repetition, rouge_l
 from .stories import loss_under_full, tell
 from .tasks import Example
@@ -122,31 +121,30 @@ class LongRange:
     ) -> Iterator[dict[str, Any]]:
         """The rows of every task and setting in order, measured where missing."""
         for task in tasks:
-            missing = self._missing(task, settings)
+            to_measure = self._missing(task, settings)
             for setting in settings:
                 row = self._row(task, setting)
-                if setting in missing:
+                if setting in to_measure:
                     began(task, setting)
                     # Those on one document after each other, see `_caches`.
                     order = sorted(
                         range(len(task.examples)), key=lambda i: task.examples[i].source
                     )
-                    known = {i: self._answer(task, i, setting, progress) for i in order}
-                    answers = [known[i] for i in range(len(order))]
-                    values = self._values(task, setting, answers)
+                    for i in order:
+                        self._answer(task, i, setting, progress)
+                    values = self._values(task, setting, self._known(task, setting))
                     row = row or self.results.add(setting, **values)
                 assert row is not None
                 yield row
 
     def _missing(self, task: Task, settings: list[Setting]) -> list[Setting]:
-        """The settings to measure, in order.
-
-        Those without a row, and `full` without the answers that such a row is paired
-        with.
-        """
-        new = [s for s in settings if self._row(task, s) is None]
-        paired = new and len(self._known(task, _FULL)) < len(task.examples)
-        return [s for s in settings if s in new or (s == _FULL and paired)]
+        """The settings to measure: see `results.missing`."""
+        return missing(
+            settings,
+            measured=lambda s: self._row(task, s) is not None,
+            references=lambda s: [_FULL],
+            saved=lambda s: len(self._known(task, s)) == len(task.examples),
+        )
 
     def _known(self, task: Task, setting: Setting) -> Rows:
         known = [self.answers.get(digest, setting) for digest in task.digests]
@@ -157,15 +155,12 @@ class LongRange:
         rows = self.results.rows(**wanted)
         return rows[0] if rows else None
 
-    def _answer(
-        self, task: Task, i: int, setting: Setting, progress: Progress
-    ) -> dict[str, Any]:
-        """The answer to an example, made if it is not there."""
+    def _answer(self, task: Task, i: int, setting: Setting, progress: Progress) -> None:
+        """Have the answer to an example, made if it is not there."""
         digest = task.digests[i]
-        known = self.answers.get(digest, setting)
-        if known is None:
+        if self.answers.get(digest, setting) is None:
             example, prompt = task.examples[i], task.prompts[i]
-            known = self.answers.add(
+            self.answers.add(
                 digest,
                 setting,
                 task=task.name,
@@ -177,7 +172,6 @@ class LongRange:
                 **self._write(task, i, setting),
             )
         progress(len(task.prompts[i].tokens) + task.max_tokens)
-        return known
 
     def _write(self, task: Task, i: int, setting: Setting) -> dict[str, Any]:
         """What the model says to an example, and its score."""
@@ -202,9 +196,7 @@ class LongRange:
         n = task.shared[i]
         begin = task.prompts[i].tokens[:n]
         if self._begun[0] != (setting, begin):
-            cache = new_cache(self.model, setting)
-            for _ in read(self.model, mx.array([begin]), cache, self.step):
-                pass
+            cache = filled(self.model, begin, setting, self.step)
             self._begun = (setting, begin), cache
         return n, copy.deepcopy(self._begun[1])
 

@@ -19,7 +19,7 @@ from mlx_lm import stream_generate
 
 from .haystack import Case, Cell
 from .plots import new_figure, save
-from .reading import Progress, new_cache, read
+from .reading import Progress, filled
 from .results import Results, Setting
 from .statistics import mean_with_error, wilson
 
@@ -44,11 +44,9 @@ def ask(
     progress: Progress | None = None,
 ) -> Outcome:
     """Read a case's prompt once, then answer greedily, then be told the answer."""
-    cache = new_cache(model, setting)
     tokens = mx.array(case.prompt + case.answer)[None]
     last = len(case.prompt) - 1
-    for _ in read(model, tokens[:, :last], cache, step, progress):
-        pass
+    cache = filled(model, case.prompt[:last], setting, step, progress)
     pieces = stream_generate(
         model,
         tokenizer,

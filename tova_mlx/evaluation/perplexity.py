@@ -20,7 +20,7 @@ import numpy.typing as npt
 from ..errors import EvaluationError
 from .plots import draw_by_size, legend_below, new_figure, save, style
 from .reading import Progress, token_losses
-from .results import Results, Setting
+from .results import Results, Setting, missing
 from .statistics import mean_with_error
 
 Losses = npt.NDArray[np.float32]
@@ -48,15 +48,13 @@ class Perplexity:
         self.results, self.windows, self.step = results, windows, step
 
     def missing(self, settings: list[Setting]) -> list[Setting]:
-        """The settings to measure, in order.
-
-        Those without a row, and those without losses that such a row is paired with.
-        """
-        new = [s for s in settings if self._row(s) is None]
-        paired = {other for s in new for other in _references(s)}
-        return [
-            s for s in settings if s in new or (s in paired and self._saved(s) is None)
-        ]
+        """The settings to measure: see `results.missing`."""
+        return missing(
+            settings,
+            measured=lambda s: self._row(s) is not None,
+            references=_references,
+            saved=lambda s: self._saved(s) is not None,
+        )
 
     def run(
         self,
@@ -66,10 +64,10 @@ class Perplexity:
         began: Callable[[Setting], Any] = lambda setting: None,
     ) -> Iterator[dict[str, Any]]:
         """The rows of the settings in order, measured where they are missing."""
-        missing = self.missing(settings)
+        to_measure = self.missing(settings)
         for setting in settings:
             row = self._row(setting)
-            if setting in missing:
+            if setting in to_measure:
                 began(setting)
                 losses = self._measure(model, setting, progress)
                 self._save(setting, losses)

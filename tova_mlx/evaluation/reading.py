@@ -51,6 +51,20 @@ def read(
             progress(batch * (stop - start))
 
 
+def filled(
+    model: nn.Module,
+    ids: list[int],
+    setting: Setting,
+    step: int,
+    progress: Progress | None = None,
+) -> list[Any]:
+    """Caches of a setting that have read these tokens."""
+    cache = new_cache(model, setting)
+    for _ in read(model, mx.array([ids]), cache, step, progress):
+        pass
+    return cache
+
+
 def token_losses(
     model: nn.Module,
     tokens: mx.array,

@@ -8,6 +8,7 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +34,22 @@ def settings(policies: tuple[str, ...], sizes: tuple[int, ...]) -> list[Setting]
     bounded.sort(key=lambda policy: policy != "tova")
     sizes = tuple(dict.fromkeys(sizes))
     return [Setting("full", None), *(Setting(p, s) for s in sizes for p in bounded)]
+
+
+def missing(
+    settings: Sequence[Setting],
+    measured: Callable[[Setting], bool],
+    references: Callable[[Setting], Sequence[Setting]],
+    saved: Callable[[Setting], bool],
+) -> list[Setting]:
+    """The settings to measure, in order.
+
+    Those without a row (`measured`), and those that such a row is paired with
+    (`references`) without what it takes to pair them (`saved`).
+    """
+    new = [s for s in settings if not measured(s)]
+    paired = {other for s in new for other in references(s)}
+    return [s for s in settings if s in new or (s in paired and not saved(s))]
 
 
 class Results:
