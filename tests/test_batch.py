@@ -155,8 +155,13 @@ def test_a_row_is_what_it_would_be_alone(
 
 @pytest.mark.parametrize("policy", ["tova", "streaming", "fade", "full"])
 @pytest.mark.parametrize("chunk", [1, 4, 50])
-def test_padding_on_the_left_is_not_seen(model, policy, chunk):
-    options = {"policy": policy}
+@pytest.mark.parametrize("kv_bits", [None, 8])
+def test_padding_on_the_left_is_not_seen(policy, chunk, kv_bits):
+    model = tiny.make(n_heads=4, n_kv_heads=2, head_dim=32)
+    options, close = {"policy": policy}, CLOSE
+    if kv_bits:
+        options |= {"kv_bits": kv_bits, "kv_group_size": 32}
+        close = FLIPPED
     rows = [Row(model, n, n, options) for n in (30, 1, 12)]
     single = [make_prompt_cache(model, LIMIT, **options) for _ in rows]
     caches = [layer[0].merge(layer) for layer in zip(*single, strict=True)]
@@ -170,11 +175,11 @@ def test_padding_on_the_left_is_not_seen(model, policy, chunk):
         cache.finalize()
         assert cache.offset.tolist() == [30, 1, 12]
     for row, p, got in zip(rows, padding, logits, strict=True):
-        np.testing.assert_allclose(got[p:], row.want[: row.length], atol=CLOSE)
+        np.testing.assert_allclose(got[p:], row.want[: row.length], atol=close)
     next_tokens = mx.array([row.take(1) for row in rows])
     logits = np.array(tiny.feed(model, next_tokens, caches, 1))
     for row, got in zip(rows, logits, strict=True):
-        np.testing.assert_allclose(got[0], row.want[row.length], atol=CLOSE)
+        np.testing.assert_allclose(got[0], row.want[row.length], atol=close)
 
 
 @pytest.mark.parametrize("policy", ["tova", "streaming", "fade", "full"])

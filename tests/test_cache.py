@@ -1,5 +1,6 @@
 import copy
 import gc
+import threading
 import weakref
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from tova_mlx import POLICIES, PolicyKVCache, TOVACache, attention, make_prompt_cache
 from tova_mlx.errors import CacheStateError, OptionError, UnsupportedModelError
+from tova_mlx.sharing import given_with
 
 READING = [p for p in POLICIES if POLICIES[p].reads_attention]
 CASES = [(p, {}) for p in POLICIES if p not in READING] + [
@@ -20,6 +22,8 @@ CASES = [(p, {}) for p in POLICIES if p not in READING] + [
 EXTRA = [
     ("keydiff", {"granularity": "layer", "n_sinks": 2, "n_recent": 3}),
     ("tova", {"n_sinks": 3, "n_recent": 5}),
+    ("tova", {"memory": 0.5, "value_weighted": True}),
+    ("tova", {"value_weighted": True}),
     ("fade", {"memory": 0.5, "value_weighted": False, "n_recent": 0}),
     ("streaming", {"n_sinks": 7}),
 ]
@@ -338,3 +342,85 @@ def test_slots_lie_in_memory_in_order_after_a_prefill(model, policy):
     tiny.feed(model, tiny.tokens(3), cache, 1)
     assert memoryview(cache[0].keys).c_contiguous
     assert memoryview(cache[0].values).c_contiguous
+
+
+@pytest.mark.parametrize("policy", ["tova", "fade"])
+def test_options_of_the_recurrence_make_a_cache_of_any_model(model, policy):
+    options = {"memory": 0.25, "value_weighted": False}
+    for cache in make_prompt_cache(model, 8, policy=policy, **options):
+        assert (cache.rule.memory, cache.rule.value_weighted) == (0.25, False)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 1, 1), (1, 1), (1,), (4, 1, 1)])
+@pytest.mark.parametrize("policy", ["tova", "fade", "keydiff", "window"])
+@pytest.mark.parametrize("kv_bits", [None, 8])
+def test_a_mask_of_one_row_is_for_all_rows(shape, policy, kv_bits):
+    # 300 rows are two blocks; the mask hides every fifth column from all of them.
+    queries, keys, values = random_layer(1, 4, 2, 300, dim=32)
+    q, k, v = (mx.array(a[None].astype(np.float32)) for a in (queries, keys, values))
+    v = v[..., :32]
+    row = mx.where(mx.arange(300) % 5 == 3, -1e9, 0.0)
+    mask = mx.broadcast_to(row, (*shape[:-1], 300))
+    whole = mx.broadcast_to(row, (1, 4, 300, 300))
+
+    def run(mask):
+        cache = PolicyKVCache(
+            40 if policy != "window" else 400,
+            policy,
+            kv_bits=kv_bits,
+            kv_group_size=32,
+        )
+        stored = cache.update_and_fetch(k, v)
+        output = cache.attend(q, *stored, scale=0.3, mask=mask)
+        return np.array(output), np.array(cache.positions)
+
+    got, want = run(mask), run(whole)
+    assert np.array_equal(got[0], want[0])
+    assert np.array_equal(got[1], want[1])
+
+
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [("keydiff", {}), ("tova", {"value_weighted": True}), ("fade", {}), ("h2o", {})],
+)
+@pytest.mark.parametrize("batch", [False, True])
+def test_nothing_piles_up_before_the_first_eviction(policy, options, batch):
+    # What is known of a slot and read by nobody yet must not wait as a graph that
+    # holds on to every step's keys: 2,000 of them are 16 MB here.
+    cache = PolicyKVCache(4000, policy, **options)
+    if batch:
+        cache = cache.merge([cache])
+    rows = mx.random.normal((1, 2, 1, 512))
+    base = mx.get_active_memory()
+    for _ in range(2000):
+        stored = cache.update_and_fetch(rows + 1, rows + 2)
+        mx.eval(cache.attend(rows, *stored, scale=0.1, mask=None))
+    del stored
+    assert mx.get_active_memory() - base < 1.2 * cache.nbytes
+
+
+def test_layers_that_share_keys_are_found_while_other_threads_come_and_go():
+    rows = mx.zeros((1, 1, 1, 8))
+    failed, many = [], [PolicyKVCache(8) for _ in range(1000)]
+    for cache in many:
+        cache.share()
+
+    def work():
+        try:
+            for _ in range(200):
+                cache = PolicyKVCache(8)
+                cache.share()
+                stored = cache.update_and_fetch(rows, rows)
+                cache.attend(rows, *stored, scale=1.0, mask=None)
+                assert given_with(stored[0]) is not None
+                cache.update_and_fetch(rows, rows)
+                assert given_with(stored[0]) is None
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed

@@ -1,10 +1,13 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+import reference
 
+from tova_mlx import PolicyKVCache
 from tova_mlx.eviction import (
     choose_victim,
     cut_once,
+    directions,
     key_scores,
     scan_block,
     scan_keys,
@@ -156,8 +159,10 @@ def test_hand_worked_likeness_of_keys():
     norms = mx.linalg.norm(KEYS, axis=-1)
     length = np.hypot(2 + 0.5**0.5, 0.5**0.5)
     want = [(2 + 0.5**0.5) / length, (0.5**0.5 * 2 + 1) / length]
-    scores = key_scores(KEYS, norms, rule)
-    assert np.allclose(np.array(scores)[0, 0], [-want[0], -want[1], -want[0], 0])
+    scores = key_scores(directions(KEYS, norms), rule)
+    got = np.array(scores)[0, 0]
+    # Minus the cosines, up to a constant.
+    assert np.allclose(got - got[3], [-want[0], -want[1], -want[0], 0], atol=1e-6)
     assert choose_victim(mx.arange(4)[None, None], scores, 3, rule).item() == 0
 
 
@@ -169,3 +174,23 @@ def test_hand_worked_scan_of_keys():
     result = scan_keys(KEYS, norms, mx.arange(4)[None], rule, limit=2, n_rows=2)
     first, *others, newest = result.last[0].tolist()
     assert (first, sorted(others), newest) == (0, [1, 2], 2)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "head"])
+@pytest.mark.parametrize("chunk", [1, 7, 120])
+@pytest.mark.parametrize("constant", [0, 100, 300])
+def test_keys_that_share_a_large_constant_are_told_apart(constant, chunk, granularity):
+    # As Qwen2.5's do: all cosines are 1 in their first digits.
+    rng = np.random.default_rng(constant)
+    queries, values = rng.normal(size=(4, 120, 16)), rng.normal(size=(2, 120, 16))
+    keys = rng.normal(size=(2, 120, 16)) + constant * rng.normal(size=(2, 1, 16))
+    arrays = [a.astype(np.float32) for a in (queries, keys, values)]
+    cache = PolicyKVCache(40, "keydiff", granularity=granularity)
+    for start in range(0, 120, chunk):
+        q, k, v = (mx.array(a[None, :, start : start + chunk]) for a in arrays)
+        mask = cache.make_mask(q.shape[2])
+        k, v = cache.update_and_fetch(k, v)
+        mx.eval(cache.attend(q, k, v, scale=0.3, mask=mask))
+    exact = [a.astype(np.float64) for a in arrays]
+    _, kept = reference.run(*exact, 0.3, 40, cache.rule.as_dict())
+    assert np.array(cache.positions)[0].tolist() == kept

@@ -194,3 +194,64 @@ def test_caches_in_a_list_are_taken_back_together_or_not_at_all():
     tiny.feed(hybrid, tokens, caches, [30] + [1] * 10)
     assert mlx_lm_cache.trim_prompt_cache(caches, 3) == 0
     assert caches[0][1].offset == 40
+
+
+@pytest.mark.parametrize(("policy", "options"), CASES + EXTRA)
+@pytest.mark.parametrize("sizes", [[40], [39, 1], [10], [10, 1], []], ids=str)
+def test_to_take_back_nothing_changes_nothing(model, policy, options, sizes):
+    tokens, rest = tiny.tokens(sum(sizes)), tiny.tokens(9, seed=9)
+    caches = read(model, tokens, sizes, policy, **options)
+    same = copy.deepcopy(caches)
+    for n in (0, -1, -40):
+        assert [c.trim(n) for c in caches] == [0, 0, 0]
+        assert all(c.can_trim(n) for c in caches)
+        assert mlx_lm_cache.trim_prompt_cache(caches, n) == 0
+    assert_same(model, caches, same, rest)
+
+
+@pytest.mark.parametrize("policy", ["tova", "h2o", "fade", "streaming"])
+@pytest.mark.parametrize("num_draft_tokens", [0, 1, 5])
+def test_a_model_that_drafts_for_itself_is_always_right(policy, num_draft_tokens):
+    model, prompt = tiny.make(), tiny.tokens(50)[0]
+    convert(model, 20, policy=policy)
+    plain = [int(t) for t, _ in generate_step(prompt, model, max_tokens=41)]
+    steps = list(
+        speculative_generate_step(
+            prompt, model, model, num_draft_tokens=num_draft_tokens, max_tokens=41
+        )
+    )
+    assert [int(t) for t, *_ in steps] == plain
+    drafted = sum(from_draft for *_, from_draft in steps)
+    # All but the token that comes after each run of drafts.
+    assert drafted == 41 - 41 // (num_draft_tokens + 1)
+
+
+def test_drafts_are_accepted_in_a_cache_that_has_evicted():
+    model, prompt = tiny.make(), tiny.tokens(50)[0]
+    convert(model, 20)
+    both = model.make_cache() + model.make_cache()
+    tiny.feed(model, tiny.tokens(60, seed=8), both[:3], 60)
+    tiny.feed(model, tiny.tokens(60, seed=8), both[3:], 60)
+    again = copy.deepcopy(both[:3])
+    steps = speculative_generate_step(
+        prompt, model, model, max_tokens=12, prompt_cache=both
+    )
+    got = [int(t) for t, *_ in steps]
+    want = generate_step(prompt, model, max_tokens=12, prompt_cache=again)
+    assert got == [int(t) for t, _ in want]
+    convert(model, 20, journal=0)
+    off = model.make_cache()
+    tiny.feed(model, tiny.tokens(60, seed=8), off, 60)
+    steps = speculative_generate_step(prompt, model, model, prompt_cache=off + off)
+    with pytest.raises(ValueError, match="trimmable"):
+        next(steps)
+
+
+@pytest.mark.parametrize(("policy", "options"), CASES + EXTRA)
+def test_after_all_was_taken_back_a_cache_is_as_new(model, policy, options):
+    tokens = tiny.tokens(10)
+    caches = read(model, tokens, [9, 1], policy, **options)
+    assert mlx_lm_cache.trim_prompt_cache(caches, 10) == 10
+    assert all(c.empty() and c.nbytes == 0 for c in caches)
+    fresh = read(model, tiny.tokens(0), [], policy, **options)
+    assert_same(model, caches, fresh, tiny.tokens(30, seed=4))

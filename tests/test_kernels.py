@@ -258,6 +258,32 @@ def test_a_cache_driven_by_kernels_is_that_without(
     assert bool(kernels_run) == caches[0].rule.reads_attention
 
 
+@pytest.mark.parametrize("policy", ["h2o", "fade"])
+def test_a_cache_is_read_within_its_arrays_after_all_was_trimmed(kernels_run, policy):
+    model, tokens = tiny.make(), tiny.tokens(40)
+    want = tiny.feed(model, tokens, make_prompt_cache(model, 16, policy=policy), 1)
+    caches = make_prompt_cache(model, 16, policy=policy)
+    tiny.feed(model, tiny.tokens(9, seed=4), caches, [8, 1])
+    for cache in caches:
+        assert cache.trim(9) == 9
+    got = tiny.feed(model, tokens, caches, 1)
+    np.testing.assert_allclose(np.array(got), np.array(want), atol=1e-4)
+    assert "tova_step" in kernels_run
+
+
+def test_a_step_without_scores_begins_at_none(kernels_run):
+    rule = settle("h2o", 4, {"granularity": "layer"})
+    logits = mx.random.normal((1, 4, 1, 5))
+    positions = mx.arange(5, dtype=mx.int32).reshape(1, 1, 5)
+    zeros = mx.zeros((1, 1, 5))
+    got, want = (
+        step_on_gpu(logits, positions, scores, None, 4, rule, evicts=True)
+        for scores in (None, zeros)
+    )
+    assert mx.array_equal(got[0], want[0])
+    assert mx.array_equal(got[1], want[1])
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_batch_driven_by_kernels_is_that_without(kernels_run, monkeypatch, policy):
     model = tiny.make(n_heads=4, n_kv_heads=2, head_dim=32)

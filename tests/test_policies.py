@@ -38,6 +38,8 @@ def test_a_size_that_is_no_count_is_refused(policy, size):
         ("fade", 8, {"memory": float("nan")}, "Use a number from 0 to 1"),
         ("fade", 8, {"value_weighted": 1}, "Use one of them"),
         ("tova", 8, {"n_recent": -1}, "n_recent=-1"),
+        ("tova", 2**31 - 1, {}, "Use at most 2147483646, or policy full"),
+        ("h2o", 2**40, {}, "max_size=1099511627776"),
         ("lru", 8, {}, "Use one of: full, window, streaming"),
     ],
 )

@@ -20,9 +20,9 @@ from .errors import CacheStateError
 from .evicting import attend_and_evict, evict_unseen
 from .layers import total
 from .newest import attend_newest
-from .packed import Rows, Storage, around, join, to_mlx
+from .packed import Rows, Storage, around, each, join, to_mlx
 from .policies import Rule
-from .refusals import attended_again, check_values, unseen
+from .refusals import attended_again, check_values, unattended
 from .sharing import Given
 from .slots import held
 from .stack import Stack, step_mask
@@ -86,12 +86,12 @@ class BatchPolicyKVCache:
         self._done = 0
         # The module whose attention is still to come for the last update.
         self._awaits: str | None = None
+        # Tokens seen before it, by the row that had seen most.
+        self._before = 0
         # What the last update gave, row by row and joined, until it is attended to.
         self._parts: list[_Part] = []
         self._joined: list[Rows] = []
-        self._given = Given()
-        if rows[0].shares:
-            self._given.start()
+        self._given = Given(rows[0].shares)
 
     @classmethod
     def merge(cls, caches: Sequence[PolicyKVCache]) -> "BatchPolicyKVCache":
@@ -195,23 +195,25 @@ class BatchPolicyKVCache:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Rows, Rows]:
         """Store new rows [B, n_kv_heads, L, head_dim]; return all to attend to."""
+        length = keys.shape[2]
         if self._awaits is not None and not self.rule.by_age:
-            raise unseen(self._awaits, self.rule.policy)
+            raise unattended(self._awaits, self.rule, self._before, length)
         # Before anything is written: a second reference turns a write into a copy.
         self._given.forget()
         self._parts, self._joined = [], []
         module = sys._getframe(1).f_globals.get("__name__", "the model")
-        self._awaits = module
-        length = keys.shape[2]
+        self._awaits, self._before = module, max(self._offsets, default=0)
         if not self._steps(length):
             return self._given.note(self._update_rows(keys, values, module))
         if self._stack is None:
             parts = [row.slots for row in self._rows]
-            self._stack = Stack(parts, keys, values)
-            self._rows = []
-        given = self._stack.append(keys, values)
-        if self._stack.evicted and self.rule.by_age:
-            evict_unseen(self._stack)
+            self._stack, self._rows = Stack(parts, keys, values), []
+        # Changed apart and put in place at the end: what fails leaves no trace.
+        stack = self._stack.twin()
+        given = stack.append(keys, values)
+        if stack.evicted and self.rule.by_age:
+            evict_unseen(stack)
+        self._stack = stack
         return self._given.note(given)
 
     def attend(
@@ -226,7 +228,7 @@ class BatchPolicyKVCache:
     ) -> mx.array:
         """Attention of queries [B, n_heads, L, head_dim], as in PolicyKVCache."""
         how: dict[str, Any] = {"scale": scale, "mask": mask, "sinks": sinks}
-        module, self._awaits = self._awaits, None
+        module = self._awaits
         if module is None:
             if self._given.rows is None:
                 raise attended_again(self.rule)
@@ -234,12 +236,18 @@ class BatchPolicyKVCache:
         if self._stack is None:
             attend = partial(self._attend_rows, self._parts, self._joined)
             self._given.note_again(attend)
+            output = attend(queries, keys, values, **how)
             self._parts, self._joined = [], []
-            return attend(queries, keys, values, **how)
-        check_values(module, self.rule, self._stack.values, values)
-        if not self.rule.by_age:
-            return attend_and_evict(self._stack, queries, keys, values, **how)
-        return attend_newest(queries, keys, values, **how)[0]
+        elif self.rule.by_age:
+            output = attend_newest(queries, keys, values, **how)[0]
+            output = self._stack.tied(output)
+        else:
+            check_values(module, self.rule, self._stack.values, values)
+            stack = self._stack.twin()
+            output = attend_and_evict(stack, queries, keys, values, **how)
+            self._stack = stack
+        self._awaits = None
+        return output
 
     def keys_and_values(self) -> tuple[Rows, Rows]:
         """What the last update gave, for a layer that shares it."""
@@ -335,13 +343,21 @@ class BatchPolicyKVCache:
             if stop > start:
                 given = row.update_and_fetch(*new, module=module)
             else:
-                given: tuple[Rows, Rows] = new if row.empty() else row.slots.held_rows()
+                given = self._held(row, keys, values)
             queries, columns = slice(start, stop), slice(first, before + stop)
             self._parts.append(_Part(queries, columns, *given))
             padded.append([around(a, first, length - stop) for a in given])
         self._done += length
         self._joined = [join(a, axis=0) for a in zip(*padded, strict=True)]
         return self._joined[0], self._joined[1]
+
+    @staticmethod
+    def _held(row: PolicyKVCache, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        """A row that gets padding only: what it holds, none of the new rows' kind."""
+        if not row.empty():
+            return row.slots.held_rows()
+        new = row.slots.storage.pack(keys[:1, :, :1], values[:1, :, :1])
+        return each(lambda a: a[:, :, :0], new[0]), each(lambda a: a[:, :, :0], new[1])
 
     def _attend_rows(
         self,
@@ -384,4 +400,7 @@ def _mask_of_row(mask: Any, row: int, part: _Part) -> Any:
     mask = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
     if mask.shape[0] > 1:
         mask = mask[row : row + 1]
-    return mask[:, :, part.queries, part.columns]
+    # One row for all queries, say: cut only what is there.
+    queries = part.queries if mask.shape[2] > 1 else slice(None)
+    columns = part.columns if mask.shape[3] > 1 else slice(None)
+    return mask[:, :, queries, columns]

@@ -72,7 +72,7 @@ def attend_block(
     "causal" is what a row may look at if the mask is no array; n_before: for how many
     of the last rows `gone` and `before` are wanted.
     """
-    batch, n_heads, length, _ = queries.shape
+    batch, _, length, _ = queries.shape
     choosers = positions.shape[1]
     n_held = keys.shape[2] - length
     living = numbered(batch, choosers, 0, n_held)
@@ -85,7 +85,7 @@ def attend_block(
         columns = mx.concatenate([living, own], axis=2)
         m = n_living + n_rows
         block = Block(start, stop, columns, m == n_held + stop)
-        seen = _cut(block, keys, values, mask, n_heads)
+        seen = _cut(block, queries, keys, values, mask)
         flat = (batch * choosers, m)
         places = mx.take_along_axis(positions, columns, axis=2).reshape(flat)
         noted = min(n_rows, max(0, n_before - (length - stop))) if rule.memory else 0
@@ -152,7 +152,7 @@ def attend_again(
     """Attention of other queries to the columns of an `attend_block`, as alive then."""
     outputs = []
     for block in blocks:
-        seen = _cut(block, keys, values, mask, queries.shape[1])
+        seen = _cut(block, queries, keys, values, mask)
         outputs.append(_attend(queries, *seen, block, scale, sinks))
     return _joined(outputs)
 
@@ -212,23 +212,30 @@ def _of_block(rows: Rows, block: Block) -> Rows:
 
 def _cut(
     block: Block,
+    queries: mx.array,
     keys: Rows,
     values: Rows,
     mask: mx.array | str | None,
-    n_heads: int,
 ) -> tuple[Rows, Rows, mx.array | None]:
-    """Keys, values and the model's mask [B, n_heads, L, N], cut to a block."""
+    """Keys, values and the model's mask [B, n_heads, L, N], cut to a block.
+
+    queries: all of them, [B, n_heads, L, D], for their shape; any axis of the mask may
+    be 1.
+    """
+    n_heads, length = queries.shape[1:3]
     columns = block.columns
     batch, choosers, m = columns.shape
+    n_columns = keys.shape[2]
     keys, values = _of_block(keys, block), _of_block(values, block)
     if not isinstance(mask, mx.array):
         return keys, values, None
     mask = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
+    mask = mx.broadcast_to(mask, (*mask.shape[:2], length, n_columns))
     mask = mask[:, :, block.start : block.stop]
     if block.is_first:
         return keys, values, mask[..., :m]
     index = mx.repeat(columns, n_heads // choosers, axis=1)[:, :, None]
-    length, n_columns = mask.shape[2:]
+    length = block.stop - block.start
     mask = mx.broadcast_to(mask, (batch, n_heads, length, n_columns))
     index = mx.broadcast_to(index, (batch, n_heads, length, m))
     return keys, values, mx.take_along_axis(mask, index, axis=3)

@@ -5,11 +5,10 @@ the paper's. The order of a step is write, attend, choose the victim. Knows one 
 of rows of equal length.
 """
 
-import copy
 import sys
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
@@ -20,7 +19,7 @@ from .block import attend_again
 from .errors import CacheStateError
 from .evicting import attend_and_evict, attend_and_keep, evict_oldest, evict_unseen
 from .eviction import window_mask
-from .journal import Journal
+from .lockstep import Lockstep
 from .newest import attend_newest, plain_attention
 from .packed import Rows, Storage, storage, to_mlx
 from .policies import Granularity, Rule, settle
@@ -29,7 +28,7 @@ from .refusals import (
     check_options,
     check_rows,
     check_values,
-    unseen,
+    unattended,
     windowed,
 )
 from .sharing import Given
@@ -37,6 +36,13 @@ from .slots import Slots
 from .state import pack, unpack
 
 JOURNAL = 16
+
+
+class _Pending(NamedTuple):
+    """An update that was not attended to yet: who is to, and what there was before."""
+
+    module: str
+    before: Slots
 
 
 class PolicyKVCache:
@@ -88,9 +94,12 @@ class PolicyKVCache:
         self.rule = rule
         self.prefill = prefill
         self._slots = Slots(rule, journal, kept)
-        # The module whose attention is still to come for the last update.
-        self._awaits: str | None = None
+        # None as soon as the last update was attended to: a second reference to the
+        # arrays would turn the write, which is evaluated later, into a copy.
+        self._pending: _Pending | None = None
         self._given = Given()
+        # Shared by the caches of one model, see `lockstep`.
+        self.lockstep = Lockstep()
 
     # What is held
 
@@ -116,7 +125,7 @@ class PolicyKVCache:
 
     def share(self) -> None:
         """Let other layers attend to what this one does, as of the next update."""
-        self._given.start()
+        self._given = Given(shares=True)
 
     @property
     def shares(self) -> bool:
@@ -192,25 +201,29 @@ class PolicyKVCache:
 
         module: who is going to attend; the caller's if not given.
         """
-        if self._awaits is not None:
-            raise unseen(self._awaits, self.rule.policy)
+        if self._pending is not None:
+            raise self._unattended()
         check_rows(self.rule, self.keys, keys)
+        self.lockstep.enter(self)
         # Before anything is written: a second reference turns a write into a copy.
         self._given.forget()
-        length = keys.shape[2]
-        limit = self.rule.max_size
-        if not self.rule.by_age:
-            self._awaits = module or sys._getframe(1).f_globals["__name__"]
-        fits = limit is None or self.offset + length <= limit
+        rule, length = self.rule, keys.shape[2]
+        # Changed apart and put in place at the end: what fails leaves no trace.
+        slots = self._slots.twin()
+        fits = rule.max_size is None or self.offset + length <= rule.max_size
         # A memory must see every query, so even a chunk that fits is scanned.
-        if length == 1 or (fits and not self.rule.memory):
-            rows = self._slots.append(keys, values)
-            if self._slots.evicted and self.rule.by_age:
-                evict_unseen(self._slots)
-            return self._given.note(rows)
-        rows = self._slots.extend(keys, values)
-        if self.rule.by_age:
-            evict_oldest(self._slots)
+        if length == 1 or (fits and not rule.memory):
+            rows = slots.append(keys, values)
+            if slots.evicted and rule.by_age:
+                evict_unseen(slots)
+        else:
+            rows = slots.extend(keys, values)
+            if rule.by_age:
+                evict_oldest(slots)
+        if not rule.by_age:
+            by = module or str(sys._getframe(1).f_globals["__name__"])
+            self._pending = _Pending(by, self._slots)
+        self._slots = slots
         return self._given.note(rows)
 
     def attend(
@@ -230,24 +243,28 @@ class PolicyKVCache:
         """
         rule, slots = self.rule, self._slots
         how: dict[str, Any] = {"scale": scale, "mask": mask, "sinks": sinks}
-        if not rule.by_age:
-            if self._awaits is None:
-                if self._given.rows is None:
-                    raise attended_again(rule)
-                return self._given.attend(queries, keys, values, **how)
-            check_values(self._awaits, rule, slots.values, values)
-            self._awaits = None
-        if rule.memory or slots.evicted:
-            if queries.shape[2] == 1:
-                if not rule.by_age:
-                    return attend_and_evict(slots, queries, keys, values, **how)
+        one = queries.shape[2] == 1
+        if rule.by_age:
+            if one and slots.evicted:
                 return attend_newest(queries, keys, values, **how)[0]
-            if not rule.by_age:
-                once = self.prefill == "once"
-                result = attend_and_keep(slots, queries, keys, values, once=once, **how)
-                self._given.note_again(partial(attend_again, result.blocks))
-                return result.output
-        return plain_attention(queries, keys, values, **how)
+            return plain_attention(queries, keys, values, **how)
+        if self._pending is None:
+            if self._given.rows is None:
+                raise attended_again(rule)
+            return self._given.attend(queries, keys, values, **how)
+        check_values(self._pending.module, rule, slots.values, values)
+        slots = slots.twin()
+        if one and (rule.memory or slots.evicted):
+            output = attend_and_evict(slots, queries, keys, values, **how)
+        elif rule.memory or slots.evicted:
+            once = self.prefill == "once"
+            result = attend_and_keep(slots, queries, keys, values, once=once, **how)
+            self._given.note_again(partial(attend_again, result.blocks))
+            output = result.output
+        else:
+            output = slots.tied(plain_attention(queries, keys, values, **how))
+        self._slots, self._pending = slots, None
+        return output
 
     # Trimming, saving
 
@@ -258,38 +275,73 @@ class PolicyKVCache:
         hold what the tokens to be taken back attended to. The newest few can be taken
         back nevertheless, see `can_trim`.
         """
+        if self._pending is not None:
+            return False
         return self.offset == 0 or not (self._slots.evicted or self.rule.memory)
 
     def can_trim(self, n: int) -> bool:
         """Whether the newest n tokens can be taken back exactly."""
-        return self._slots.can_take_back(n)
+        if n <= 0:
+            return True
+        before, n = self._before(min(n, self.offset))
+        return n >= 0 and before.can_take_back(n)
+
+    @property
+    def journal(self) -> int:
+        """How many of the newest tokens can be taken back after evictions."""
+        return self._slots.journal.length
 
     def trim(self, n: int) -> int:
-        """Take back the newest n tokens; returns how many were taken.
+        """Take back the newest n tokens; returns how many were taken, 0 for n <= 0.
 
         Raises CacheStateError when `can_trim(n)` is false; the cache stays as it was.
         """
         n = max(0, min(self.offset, n))
+        if not n:
+            return 0
         if not self.can_trim(n):
             raise CacheStateError(
                 f"{self.rule.policy}: {n} tokens cannot be taken back after "
                 f"{self.offset} seen with max_size={self.max_size} and "
-                f"journal={self._slots.journal.length}: what they evicted or added to "
+                f"journal={self.journal}: what they evicted or added to "
                 "scores is gone. Use a longer journal, or start a new cache."
             )
-        self._slots.take_back(n)
+        before, rest = self._before(n)
+        slots = before.twin()
+        slots.take_back(rest)
+        self._given.forget()
+        self._slots, self._pending = slots, None
         return n
+
+    def _before(self, n: int) -> tuple[Slots, int]:
+        """What there was before a pending update, and how many of n come before it."""
+        if self._pending is None:
+            return self._slots, n
+        before = self._pending.before
+        return before, n - (self.offset - before.offset)
+
+    def _unattended(self) -> Exception:
+        assert self._pending is not None
+        before = self._pending.before.offset
+        return unattended(self._pending.module, self.rule, before, self.offset - before)
+
+    def _settled(self) -> Slots:
+        """The slots, with nothing pending. Raises as the next update would."""
+        if self._pending is not None:
+            raise self._unattended()
+        return self._slots
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> "PolicyKVCache":
         """The same cache with quantised keys and values, as mlx-lm asks for it.
 
         One that is quantised already stays as it is.
         """
-        if self._slots.storage.key_bits is not None:
+        slots = self._settled()
+        if slots.storage.key_bits is not None:
             return self
         kept = storage(bits, group_size)
-        twin = copy.copy(self._slots)
-        twin.storage, twin.journal = kept, Journal(self._slots.journal.length)
+        twin = slots.twin()
+        twin.storage, twin.journal = kept, slots.journal.empty()
         if twin.keys is not None and twin.values is not None:
             twin.keys, twin.values = kept.pack(twin.keys, twin.values)
         return self.of_slots(twin, self.prefill, self.shares)
@@ -297,7 +349,7 @@ class PolicyKVCache:
     @property
     def state(self) -> tuple[Any, ...]:
         """Arrays and scalars that `from_state` rebuilds the cache from."""
-        return pack(self._slots, prefill=self.prefill, shares=self.shares)
+        return pack(self._settled(), prefill=self.prefill, shares=self.shares)
 
     @state.setter
     def state(self, state: tuple[Any, ...]) -> None:
@@ -351,6 +403,8 @@ class TOVACache(PolicyKVCache):
         granularity: "layer", one victim per layer (the paper's best), or "head", one
             per KV head by the mean over its query heads.
         n_sinks, n_recent: first and newest tokens protected, inside `max_size`.
+        memory: share of the old score kept per token, 0 to 1; 0 is the paper's.
+        value_weighted: whether a weight counts times the norm of the token's value.
         prefill: "stepwise" (exact token by token) or "once" (see PolicyKVCache).
         journal: newest tokens that can be taken back (see PolicyKVCache).
         kv_bits, kv_group_size: quantised keys and values (see PolicyKVCache).
@@ -359,8 +413,8 @@ class TOVACache(PolicyKVCache):
         OptionError: a value that cannot work.
 
     Source: "Transformers are Multi-State RNNs", arXiv 2401.06104, section 3.
-    Differs from the source: stepwise prefill, granularity "head", `n_sinks` and
-    `n_recent`.
+    Differs from the source: stepwise prefill, granularity "head", `n_sinks`,
+    `n_recent`, `memory` and `value_weighted`.
     """
 
     def __init__(
@@ -370,6 +424,8 @@ class TOVACache(PolicyKVCache):
         granularity: Granularity = "layer",
         n_sinks: int = 0,
         n_recent: int = 0,
+        memory: float = 0.0,
+        value_weighted: bool = False,
         prefill: str = "stepwise",
         journal: int = JOURNAL,
         kv_bits: int | tuple[int, int] | None = None,
@@ -381,6 +437,8 @@ class TOVACache(PolicyKVCache):
             granularity=granularity,
             n_sinks=n_sinks,
             n_recent=n_recent,
+            memory=memory,
+            value_weighted=value_weighted,
             prefill=prefill,
             journal=journal,
             kv_bits=kv_bits,

@@ -16,6 +16,7 @@ from . import attention
 from .cache import JOURNAL, PolicyKVCache, TOVACache
 from .errors import TovaError, UnsupportedModelError
 from .layers import leaves
+from .lockstep import keep_together
 from .policies import Rule, settle
 from .refusals import unseen
 from .report import Report, describe, trace
@@ -166,6 +167,7 @@ def _bounded(
         for cache in leaves(caches):
             if isinstance(cache, PolicyKVCache):
                 cache.share()
+    keep_together(caches)
     return caches
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from .block import BlockResult, attend_block
 from .eviction import (
     choose_victim,
+    directions,
     kernels_wanted,
     key_scores,
     step_on_cpu,
@@ -54,7 +55,8 @@ def attend_and_evict(
         if slots.evicted:
             assert norms is not None
             assert slots.positions is not None
-            ranks = key_scores(Slots.first(slots.keys, n), norms, slots.rule)
+            held = directions(Slots.first(slots.keys, n), norms)
+            ranks = key_scores(held, slots.rule)
             victim = choose_victim(slots.positions, ranks, slots.newest, slots.rule)
     elif kernels_wanted():
         # Two passes over the keys: the fused attention gives no weights. The slots go
@@ -86,10 +88,7 @@ def attend_and_evict(
     if scores is not None:
         slots.remember(scores)
     slots.victim = victim
-    # Evaluated with the output, or every step's weights would stay alive until
-    # something reads the scores.
-    tied = [a for a in (victim, slots.scores) if a is not None]
-    return mx.depends([output], tied)[0]
+    return slots.tied(output)
 
 
 def attend_and_keep(
@@ -102,7 +101,7 @@ def attend_and_keep(
     **how: Any,
 ) -> BlockResult:
     """The attention of a block that `extend` put in, its survivors kept."""
-    journal = slots.journal
+    n_before = slots.journal.length
     assert slots.keys is not None
     assert slots.positions is not None
     result = attend_block(
@@ -115,16 +114,16 @@ def attend_and_keep(
         norms=slots.norms,
         rule=slots.rule,
         once=once,
-        n_before=journal.length,
+        n_before=n_before,
         **how,
     )
     if once and slots.evicted:
-        journal.clear()
+        slots.journal = slots.journal.empty()
     else:
         slots.note_gone(result.gone)
     slots.keep(result.survivors)
     slots.remember(result.scores)
     first = slots.offset - len(result.before)
-    for step, scores in enumerate(result.before, first):
-        journal.scores.append(Scores(step, scores))
+    before = [Scores(step, scores) for step, scores in enumerate(result.before, first)]
+    slots.journal = slots.journal.with_scores(*before)
     return result

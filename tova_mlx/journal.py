@@ -5,7 +5,6 @@ memory, the scores before it. Both are kept here for the last few steps. Shapes:
 [B, n_kv_heads, 1, head_dim]; H' is 1 (granularity "layer") or n_kv_heads ("head").
 """
 
-from collections import deque
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -39,28 +38,46 @@ class Scores(NamedTuple):
     victim: mx.array | None = None
 
 
-class Journal:
-    """What the last `length` steps destroyed; 0 keeps nothing."""
+class Journal(NamedTuple):
+    """What the last `length` steps destroyed, oldest first; 0 keeps nothing.
 
-    def __init__(self, length: int):
-        self.length = length
-        self.gone: deque[Gone] = deque(maxlen=length)
-        self.scores: deque[Scores] = deque(maxlen=length)
+    Never changed in place, so that a cache can go back to one it had before.
+    """
+
+    length: int
+    gone: tuple[Gone, ...] = ()
+    scores: tuple[Scores, ...] = ()
 
     @property
     def arrays(self) -> list[mx.array]:
         entries = [rows for e in (*self.gone, *self.scores) for rows in e[1:]]
         return [a for rows in entries for a in arrays(rows)]
 
-    def clear(self) -> None:
-        self.gone.clear()
-        self.scores.clear()
+    def empty(self) -> "Journal":
+        """A journal of the same length that holds nothing."""
+        return Journal(self.length)
 
-    def forget_from(self, step: int) -> None:
-        """Drop the steps from `step` on: their tokens were taken back."""
-        for entries in (self.gone, self.scores):
-            while entries and entries[-1].step >= step:
-                entries.pop()
+    def with_gone(self, *gone: Gone) -> "Journal":
+        """With tokens that left at the next steps, as many as there is room for."""
+        return self._replace(gone=self._newest((*self.gone, *gone)))
+
+    def with_scores(self, *scores: Scores) -> "Journal":
+        """With the scores before the next steps, as many as there is room for."""
+        return self._replace(scores=self._newest((*self.scores, *scores)))
+
+    def until(self, step: int) -> "Journal":
+        """Without the steps from `step` on: their tokens were taken back."""
+        return self._replace(
+            gone=tuple(g for g in self.gone if g.step < step),
+            scores=tuple(s for s in self.scores if s.step < step),
+        )
+
+    def gone_since(self, step: int) -> list[Gone]:
+        """The tokens that left at `step` or later."""
+        return [g for g in self.gone if g.step >= step]
 
     def scores_before(self, step: int) -> Scores | None:
         return next((s for s in self.scores if s.step == step), None)
+
+    def _newest(self, entries: tuple) -> tuple:
+        return entries[-self.length :] if self.length else ()

@@ -52,7 +52,8 @@ def plain_attention(
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
         if isinstance(mask, mx.array):
-            rows = mask if mask.shape[-2] == 1 else mask[..., start:stop, :]
+            cut = mask.ndim > 1 and mask.shape[-2] > 1
+            rows = mask[..., start:stop, :] if cut else mask
         elif mask == "causal":
             last = mx.arange(columns - length + start, columns - length + stop)
             rows = mx.arange(columns) <= last[:, None]

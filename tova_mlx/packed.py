@@ -99,6 +99,15 @@ def _put(array: mx.array, rows: mx.array, slot: mx.array) -> mx.array:
     return mx.put_along_axis(array, mx.broadcast_to(slot, rows.shape), rows, axis=2)
 
 
+def unpacked(rows: Rows) -> mx.array:
+    """The rows in float32, as one array."""
+    if not isinstance(rows, Packed):
+        return rows.astype(mx.float32)
+    arrays = (rows.data, rows.scales, rows.biases)
+    plain = mx.dequantize(*arrays, group_size=rows.group_size, bits=rows.bits)
+    return plain.astype(mx.float32)
+
+
 def nbytes(rows: Rows | None) -> int:
     return sum(a.nbytes for a in arrays(rows))
 

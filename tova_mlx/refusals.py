@@ -6,6 +6,9 @@ from .errors import CacheStateError, OptionError, UnsupportedModelError
 from .packed import Rows
 from .policies import Rule
 
+# Tokens that a cache can be asked to be able to take back.
+MOST_JOURNAL = 4096
+
 
 def check_options(rule: Rule, prefill: Any, journal: Any) -> None:
     """Raises OptionError."""
@@ -24,17 +27,35 @@ def check_options(rule: Rule, prefill: Any, journal: Any) -> None:
             f"{rule.policy}: journal={journal!r} is not a whole number of tokens. "
             "Use 0 or more."
         )
-
-
-def check_rows(rule: Rule, held: Rows | None, keys: Rows) -> None:
-    """New keys must fit those held. Raises CacheStateError."""
-    if held is None:
-        return
-    if (keys.shape[:2], keys.shape[3]) != (held.shape[:2], held.shape[3]):
-        raise CacheStateError(
-            f"{rule.policy}: keys {list(keys.shape)} do not fit a cache of "
-            f"{list(held.shape)}. Use a new cache for another model or batch."
+    if journal > MOST_JOURNAL:
+        raise OptionError(
+            f"{rule.policy}: journal={journal} keeps a row of keys and values for each "
+            f"of as many tokens. Use at most {MOST_JOURNAL}."
         )
+
+
+def check_rows(
+    rule: Rule,
+    held: Rows | None,
+    keys: Rows,
+    held_values: Rows | None = None,
+    values: Rows | None = None,
+) -> None:
+    """New rows must fit those held, and each other. Raises CacheStateError."""
+    if values is not None and values.shape[:3] != keys.shape[:3]:
+        raise CacheStateError(
+            f"{rule.policy}: values {list(values.shape)} do not belong to keys "
+            f"{list(keys.shape)}. Give as many of both."
+        )
+    pairs = {"keys": (held, keys), "values": (held_values, values)}
+    for name, (there, new) in pairs.items():
+        if there is None or new is None:
+            continue
+        if (new.shape[:2], new.shape[3]) != (there.shape[:2], there.shape[3]):
+            raise CacheStateError(
+                f"{rule.policy}: {name} {list(new.shape)} do not fit a cache of "
+                f"{list(there.shape)}. Use a new cache for another model or batch."
+            )
 
 
 def check_values(module: str, rule: Rule, stored: Rows | None, values: Rows) -> None:
@@ -64,6 +85,24 @@ def unseen(module: str, policy: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{module} computes its own attention, so {policy} cannot see its "
         "queries. Use policy window or streaming, or another model."
+    )
+
+
+def unattended(
+    module: str, rule: Rule, before: int, stored: int
+) -> UnsupportedModelError | CacheStateError:
+    """What to raise if `stored` tokens after `before` were never attended to."""
+    if before:
+        return CacheStateError(
+            f"{rule.policy}: the last forward was interrupted after a layer had stored "
+            f"{stored} tokens and before it attended to them. Take them back with "
+            f"trim_prompt_cache(cache, {stored}), or start with new caches."
+        )
+    return UnsupportedModelError(
+        f"{module} stored {stored} tokens and did not attend to them where "
+        f"{rule.policy} can see it: it computes its own attention, or its forward was "
+        "interrupted. Use policy window or streaming, or another model; after an "
+        "interruption new caches."
     )
 
 

@@ -6,7 +6,7 @@ saw: the arrays that its update gave, and who was alive for each row.
 
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 import mlx.core as mx
 
@@ -17,19 +17,16 @@ from .packed import Rows
 class Given:
     """What a cache gave to its owner in the last update, if others share it."""
 
-    def __init__(self) -> None:
-        self.shares = False
+    def __init__(self, shares: bool = False) -> None:
+        self.shares = shares
         self.rows: tuple[Rows, Rows] | None = None
         # How others attend to them, if a mask does not say it.
         self._again: Callable[..., mx.array] = plain_attention
 
-    def start(self) -> None:
-        self.shares = True
-        _sharing.add(self)
-
     def note(self, rows: tuple[Rows, Rows]) -> tuple[Rows, Rows]:
         if self.shares:
             self.rows = rows
+            _by_keys[id(rows[0])] = self
         return rows
 
     def note_again(self, again: Callable[..., mx.array]) -> None:
@@ -44,20 +41,25 @@ class Given:
         return self._again(queries, keys, values, **how)
 
     def forget(self) -> None:
+        if self.rows is not None:
+            _by_keys.pop(id(self.rows[0]), None)
         self.rows, self._again = None, plain_attention
 
     def __deepcopy__(self, memo: Any) -> "Given":
         # Not the arrays: a copy has given nothing yet.
-        twin = Given()
-        if self.shares:
-            twin.start()
-        return twin
+        return Given(self.shares)
+
+    def __reduce__(self) -> Any:
+        return Given, (self.shares,)
 
 
 def given_with(keys: Any) -> Given | None:
     """What was given together with these very keys, if they are shared."""
-    return next((g for g in _sharing if g.rows and g.rows[0] is keys), None)
+    given = _by_keys.get(id(keys))
+    # An id may be that of other keys by now.
+    return given if given and given.rows and given.rows[0] is keys else None
 
 
-# A layer without a cache finds its owner here.
-_sharing: WeakSet[Given] = WeakSet()
+# A layer without a cache finds its owner here, by the id of the keys. One entry is one
+# operation, so threads do not get into each other's way.
+_by_keys: WeakValueDictionary[int, Given] = WeakValueDictionary()

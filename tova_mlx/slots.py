@@ -58,6 +58,10 @@ class Slots:
 
     def __init__(self, rule: Rule, journal: int = 0, storage: Storage = _PLAIN):
         self.rule, self.storage = rule, storage
+        self.clear(journal)
+
+    def clear(self, journal: int) -> None:
+        """Be as new: nothing seen, nothing held."""
         self.journal = Journal(journal)
         self.offset = 0
         self.keys: Rows | None = None
@@ -66,6 +70,16 @@ class Slots:
         self.scores: mx.array | None = None
         self.norms: mx.array | None = None
         self.victim: mx.array | None = None
+
+    def twin(self) -> "Slots":
+        """The same slots, to be changed while these stay as they are.
+
+        The arrays are shared until one of the two writes; MLX still writes in place if
+        the other is gone by the time that the write is evaluated.
+        """
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
 
     def size(self) -> int:
         """Tokens held."""
@@ -207,6 +221,16 @@ class Slots:
         if n:
             self._note(columns[..., -n:])
 
+    def tied(self, output: mx.array) -> mx.array:
+        """The output of an attention, with what is known of the slots evaluated too.
+
+        Nothing else may read it for thousands of steps, and each would keep its graph,
+        and with it the step's arrays, alive.
+        """
+        known = (self.positions, self.scores, self.norms, self.victim)
+        read = [a for a in known if a is not None]
+        return mx.depends([output], read)[0] if read else output
+
     def can_take_back(self, n: int) -> bool:
         """Whether the newest n tokens can be taken back exactly."""
         to, limit = self.offset - n, self.rule.max_size
@@ -215,20 +239,24 @@ class Slots:
         if self.rule.memory and self.journal.scores_before(to) is None:
             return False
         evictions = 0 if limit is None else self.offset - max(to, limit)
-        return evictions <= len(self.journal.gone) + (self.victim is not None)
+        at_hand = len(self.journal.gone_since(to)) + (self.victim is not None)
+        return evictions <= at_hand
 
     def take_back(self, n: int) -> None:
-        """Be as if the newest n tokens had not come."""
-        to = max(0, self.offset - n)
-        order = self._bring_back(to) if to and self.evicted else None
+        """Be as if the newest n tokens had not come; n <= 0 takes nothing back."""
+        if n <= 0:
+            return
+        to = self.offset - n
+        if to <= 0:
+            self.clear(self.journal.length)
+            return
+        order = self._bring_back(to) if self.evicted else None
         self.offset, self.victim = to, None
         if order is not None:
             self.keep(order[..., : self.size()])
-        if not to:
-            self.positions = self.scores = None
-        elif (before := self.journal.scores_before(to)) is not None:
+        if (before := self.journal.scores_before(to)) is not None:
             self.remember(_ordered_scores(before, self.size()))
-        self.journal.forget_from(to)
+        self.journal = self.journal.until(to)
 
     def remember(self, scores: mx.array) -> None:
         """Store the scores [B, H', n] of the first n slots, if the rule has memory."""
@@ -271,9 +299,10 @@ class Slots:
         keys, values = gather(self.keys, columns), gather(self.values, columns)
         positions = gather(self.positions, columns)
         norms = None if self.norms is None else gather(self.norms, columns)
+        gone = []
         for i in range(n):
             row = (slice(None), slice(None), slice(i, i + 1))
-            self.journal.gone.append(
+            gone.append(
                 Gone(
                     self.offset - n + i,
                     each(lambda a, row=row: a[row], keys),
@@ -282,6 +311,7 @@ class Slots:
                     None if norms is None else norms[row],
                 )
             )
+        self.journal = self.journal.with_gone(*gone)
 
     def _note_dead_slot(self) -> None:
         if self.victim is None or not self.journal.length:
@@ -299,12 +329,12 @@ class Slots:
             before = Scores(self.offset, self.first(self.scores, self.size()))
         else:
             before = Scores(self.offset, self.scores, self.positions, self.victim)
-        self.journal.scores.append(before)
+        self.journal = self.journal.with_scores(before)
 
     def _bring_back(self, to: int) -> mx.array:
         """Add the journal's rows; all columns [B, H', n], those before `to` first."""
         assert self.keys is not None
-        back = [g for g in self.journal.gone if g.step >= to]
+        back = self.journal.gone_since(to)
         # The dead slot's token left at the last step, so it was there before `to`.
         n = self.size() if self.victim is None else self.keys.shape[2]
 

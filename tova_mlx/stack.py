@@ -69,6 +69,17 @@ class Stack:
         # Where the next token of each row goes.
         self._slot = mx.concatenate(slots)
 
+    def twin(self) -> "Stack":
+        """The same rows, to be changed while these stay, as `Slots.twin`."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def tied(self, output: mx.array) -> mx.array:
+        """The output of an attention, as `Slots.tied`."""
+        known = (self.positions, self.scores, self.norms, self.victim)
+        return mx.depends([output], [a for a in known if a is not None])[0]
+
     @property
     def evicted(self) -> bool:
         """Whether a row has evicted."""

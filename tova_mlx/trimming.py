@@ -3,7 +3,7 @@
 mlx-lm asks `is_trimmable()`, which knows no number, and trims nothing if the answer is
 no. `install` puts in its place what asks our caches for the number. Speculative
 decoding ignores that nothing was trimmed and would go on with rejected tokens, so
-there it raises.
+there it raises; and it must not be refused for what it will never ask to take back.
 """
 
 import sys
@@ -14,25 +14,30 @@ from mlx_lm.models import cache as mlx_lm_cache
 from .errors import CacheStateError
 from .layers import leaves
 
-_NAME = "trim_prompt_cache"
 _GENERATE = "mlx_lm.generate"
+_TRIM, _CAN_TRIM = "trim_prompt_cache", "can_trim_prompt_cache"
 _original = mlx_lm_cache.trim_prompt_cache
+_original_can = mlx_lm_cache.can_trim_prompt_cache
 
 
 def trim_prompt_cache(cache: list[Any], num_tokens: int) -> int:
-    """Take back the newest tokens of all layers; how many: 0 if a layer cannot."""
+    """Take back the newest tokens of all layers; how many: 0 if a layer cannot.
+
+    After a forward that was interrupted some layers have seen less than others; they
+    give back less, so that all are where `num_tokens` ago the foremost was.
+    """
     if not any(hasattr(c, "can_trim") for c in leaves(cache)):
         return _original(cache, num_tokens)  # type: ignore[return-value]
-    if not all(_can_trim(c, num_tokens) for c in leaves(cache)):
+    parts = _parts(cache, num_tokens)
+    if num_tokens <= 0 or not all(_can_trim(c, n) for c, n in parts):
         return 0
-    taken = [c.trim(num_tokens) for c in cache]
-    return taken[0]
+    return max(c.trim(n) if n else 0 for c, n in parts)
 
 
 def trim_or_raise(cache: list[Any], num_tokens: int) -> int:
     """The same; CacheStateError if a layer of ours is among those that cannot."""
     ours = [c for c in leaves(cache) if hasattr(c, "can_trim")]
-    can = all(_can_trim(c, num_tokens) for c in leaves(cache))
+    can = all(_can_trim(c, n) for c, n in _parts(cache, num_tokens))
     if ours and num_tokens > 0 and not can:
         raise CacheStateError(
             f"{ours[0].rule.policy}: {num_tokens} drafted tokens cannot be taken back "
@@ -42,22 +47,48 @@ def trim_or_raise(cache: list[Any], num_tokens: int) -> int:
     return trim_prompt_cache(cache, num_tokens)
 
 
+def can_rewind_prompt_cache(cache: list[Any]) -> bool:
+    """Whether the tokens that come next, drafts, could be taken back."""
+    return all(getattr(c, "journal", 0) or c.is_trimmable() for c in leaves(cache))
+
+
 def install() -> None:
-    """Replace mlx-lm's function wherever it was imported."""
+    """Replace mlx-lm's functions wherever they were imported."""
     for name, module in list(sys.modules.items()):
-        if getattr(module, "__dict__", {}).get(_NAME) is _original:
+        held = getattr(module, "__dict__", {})
+        if held.get(_TRIM) is _original:
             new = trim_or_raise if name == _GENERATE else trim_prompt_cache
-            setattr(module, _NAME, new)
+            setattr(module, _TRIM, new)
+        if name == _GENERATE and held.get(_CAN_TRIM) is _original_can:
+            setattr(module, _CAN_TRIM, can_rewind_prompt_cache)
 
 
 def uninstall() -> None:
-    """Put mlx-lm's own function back everywhere."""
+    """Put mlx-lm's own functions back everywhere."""
     for module in list(sys.modules.values()):
-        held = getattr(module, "__dict__", {}).get(_NAME)
-        if held in (trim_prompt_cache, trim_or_raise) and module.__name__ != __name__:
-            setattr(module, _NAME, _original)
+        held = getattr(module, "__dict__", {})
+        if module.__name__ == __name__:
+            continue
+        if held.get(_TRIM) in (trim_prompt_cache, trim_or_raise):
+            setattr(module, _TRIM, _original)
+        if held.get(_CAN_TRIM) is can_rewind_prompt_cache:
+            setattr(module, _CAN_TRIM, _original_can)
+
+
+def _parts(cache: list[Any], num_tokens: int) -> list[tuple[Any, int]]:
+    """Each layer's cache, and how many of `num_tokens` it has to give back."""
+    caches = list(leaves(cache))
+    newest = max((c.offset for c in caches if hasattr(c, "can_trim")), default=0)
+
+    def behind(c: Any) -> int:
+        offset = getattr(c, "offset", newest)
+        return newest - offset if isinstance(offset, int) else 0
+
+    return [(c, max(0, num_tokens - behind(c))) for c in caches]
 
 
 def _can_trim(cache: Any, n: int) -> bool:
+    if n <= 0:
+        return True
     ask = getattr(cache, "can_trim", None)
     return cache.is_trimmable() if ask is None else ask(n)

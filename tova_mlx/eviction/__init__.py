@@ -2,7 +2,7 @@
 
 from .choice import kernels_wanted, scan_block
 from .kernels import step_on_gpu
-from .keys import key_scores, scan_keys
+from .keys import directions, key_scores, scan_keys
 from .once import cut_once
 from .scan import ScanResult
 from .step import choose_victim, step_on_cpu, update_scores
@@ -12,6 +12,7 @@ __all__ = [
     "ScanResult",
     "choose_victim",
     "cut_once",
+    "directions",
     "kernels_wanted",
     "key_scores",
     "scan_block",

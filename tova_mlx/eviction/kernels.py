@@ -240,6 +240,9 @@ def _launch(
     n_choosers = positions.shape[0]
     heads = batch * n_heads // n_choosers
     nothing = mx.zeros((1,))
+    if rule.memory and scores is None:
+        # The kernel reads a score of every column.
+        scores = mx.zeros(positions.shape)
     counts = [first_evicting, rule.n_sinks, rule.n_recent, n_before]
     shape = (n_choosers, columns)
     shapes = [shape, shape if block else (n_choosers,)]

@@ -21,6 +21,9 @@ from ..errors import OptionError
 
 Granularity = Literal["layer", "head"]
 
+# Positions are int32, and a cache has a slot more than it keeps tokens.
+_MOST = 2**31 - 2
+
 ATTENTION_OPTIONS = ("granularity", "memory", "value_weighted", "n_sinks", "n_recent")
 
 
@@ -122,6 +125,11 @@ class Policy:
             raise OptionError(
                 f"{self.name}: {option}={value!r} is not a whole number of tokens. "
                 f"Use {at_least} or more."
+            )
+        if value > _MOST:
+            raise OptionError(
+                f"{self.name}: {option}={value} is more tokens than positions can "
+                f"count. Use at most {_MOST}, or policy full for no limit."
             )
         return value
 
