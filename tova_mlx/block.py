@@ -92,11 +92,8 @@ def attend_block(
         lengths = None if norms is None else gather(norms, columns)
         limit = None if once else rule.max_size
         if rule.reads_keys:
-            assert lengths is not None
             own_keys = _of_block(stored, block)
-            result = scan_keys(
-                own_keys, lengths, places, rule, limit=limit, n_rows=n_rows
-            )
+            result = scan_keys(own_keys, places, rule, limit=limit, n_rows=n_rows)
         else:
             result = scan_block(
                 masked_logits(queries[:, :, start:stop], seen[0], scale, seen[2]),

@@ -246,8 +246,10 @@ class PolicyKVCache:
         one = queries.shape[2] == 1
         if rule.by_age:
             if one and slots.evicted:
-                return attend_newest(queries, keys, values, **how)[0]
-            return plain_attention(queries, keys, values, **how)
+                output = attend_newest(queries, keys, values, **how)[0]
+            else:
+                output = plain_attention(queries, keys, values, **how)
+            return slots.tied(output)
         if self._pending is None:
             if self._given.rows is None:
                 raise attended_again(rule)

@@ -53,9 +53,8 @@ def attend_and_evict(
     if slots.rule.reads_keys:
         output, _ = attend_newest(queries, keys, values, **how)
         if slots.evicted:
-            assert norms is not None
             assert slots.positions is not None
-            held = directions(Slots.first(slots.keys, n), norms)
+            held = directions(Slots.first(slots.keys, n))
             ranks = key_scores(held, slots.rule)
             victim = choose_victim(slots.positions, ranks, slots.newest, slots.rule)
     elif kernels_wanted():

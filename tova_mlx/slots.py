@@ -36,10 +36,9 @@ def allocation(n: int, limit: int | None) -> int:
     return slots if limit is None else min(slots, limit + 1)
 
 
-def row_norms(rule: Rule, keys: mx.array, values: mx.array) -> mx.array:
-    """L2 norms that a rule asks for, of the values or the keys, float32."""
-    rows = keys if rule.reads_keys else values
-    return mx.linalg.norm(rows.astype(mx.float32), axis=-1)
+def row_norms(values: mx.array) -> mx.array:
+    """L2 norms of values [..., head_dim], float32."""
+    return mx.linalg.norm(values.astype(mx.float32), axis=-1)
 
 
 class Slots:
@@ -50,8 +49,7 @@ class Slots:
         keys, values: rows, or None while empty.
         positions: int32 [B, H', slots]; None while slot i holds position i.
         scores: float32 [B, H', slots], for rules with memory.
-        norms: float32 [B, n_kv_heads, slots] of the values or the keys, for rules that
-            ask for them.
+        norms: float32 [B, n_kv_heads, slots] of the values, for value-weighted rules.
         victim: uint32 [B, H', 1], the slot to write next; None: slot `size()`.
         journal: what the last steps destroyed.
     """
@@ -130,7 +128,7 @@ class Slots:
         batch, n_kv_heads, slots, _ = self.keys.shape
         row_bytes = (nbytes(self.keys) + nbytes(self.values)) // slots
         choosers = batch * self.choosers(self.keys)
-        per_slot = row_bytes + 4 * batch * n_kv_heads * self.rule.keeps_norms
+        per_slot = row_bytes + 4 * batch * n_kv_heads * self.rule.value_weighted
         memory = bool(self.rule.memory)
         per_step = per_slot + 4 * choosers
         if memory:
@@ -153,9 +151,7 @@ class Slots:
         self.keys = self._write(self.keys, packed_keys, start)
         self.values = self._write(self.values, packed_values, start)
         if self.norms is not None:
-            self.norms = self._write(
-                self.norms, row_norms(self.rule, keys, values), start
-            )
+            self.norms = self._write(self.norms, row_norms(values), start)
         if self.positions is not None:
             position = self._numbered(keys, self.offset, length)
             self.positions = self._write(self.positions, position, start)
@@ -177,8 +173,8 @@ class Slots:
         length = keys.shape[2]
         positions = self._numbered(keys, self.offset, length)
         norms = None
-        if self.rule.keeps_norms:
-            norms = row_norms(self.rule, keys, values)
+        if self.rule.value_weighted:
+            norms = row_norms(values)
         keys, values = self.storage.pack(keys, values)
         if self.keys is not None and self.values is not None and self.offset:
             order = self._order()
@@ -374,7 +370,7 @@ class Slots:
             self.positions = grow(self.positions, *choosers, dtype=mx.int32)
         if self.rule.memory:
             self.scores = grow(self.scores, *choosers, dtype=mx.float32)
-        if self.rule.keeps_norms:
+        if self.rule.value_weighted:
             self.norms = grow(self.norms, *rows, dtype=mx.float32)
 
     def _write(self, rows: Any, new: Any, start: int) -> Any:

@@ -48,7 +48,7 @@ class Stack:
             "values": each(lambda a: a[:1, :, :0], packed[1]),
             "positions": mx.zeros((1, self._choosers, 0), mx.int32),
             "scores": mx.zeros((1, self._choosers, 0)) if rule.memory else None,
-            "norms": mx.zeros((1, n_kv_heads, 0)) if rule.keeps_norms else None,
+            "norms": mx.zeros((1, n_kv_heads, 0)) if rule.value_weighted else None,
         }
         for name, nothing in empty.items():
             if nothing is None:
@@ -123,7 +123,7 @@ class Stack:
         if self.scores is not None:
             self.scores = put(self.scores, mx.zeros(slot.shape), slot)
         if self.norms is not None:
-            self.norms = put(self.norms, row_norms(self.rule, keys, values), slot)
+            self.norms = put(self.norms, row_norms(values), slot)
         self.offsets = [o + 1 for o in self.offsets]
         limit = self.rule.max_size
         free = mx.array([held(o, limit) for o in self.offsets], mx.uint32)

@@ -30,10 +30,12 @@ class Directions(NamedTuple):
     counts: mx.array
 
 
-def directions(keys: Rows, norms: mx.array) -> Directions:
-    """Of keys [B, n_kv_heads, S, head_dim] of lengths [B, n_kv_heads, S], float32."""
+def directions(keys: Rows) -> Directions:
+    """Those of keys [B, n_kv_heads, S, head_dim], as they are stored."""
+    plain = unpacked(keys)
+    norms = mx.linalg.norm(plain, axis=-1)
     counts = (norms > 0).astype(mx.float32)
-    units = unpacked(keys) * mx.where(norms > 0, 1 / norms, 0.0)[..., None]
+    units = plain * mx.where(norms > 0, 1 / norms, 0.0)[..., None]
     total = mx.maximum(counts.sum(axis=2, keepdims=True), 1)[..., None]
     centre = units.sum(axis=2, keepdims=True) / total
     apart = units - centre
@@ -63,7 +65,6 @@ def key_scores(keys: Directions, rule: Rule, alive: mx.array | None = None) -> m
 
 def scan_keys(
     keys: Rows,
-    norms: mx.array,
     positions: mx.array,
     rule: Rule,
     *,
@@ -78,7 +79,7 @@ def scan_keys(
     batch, n_columns = keys.shape[0], keys.shape[2]
     n_held = n_columns - n_rows
     places = positions.reshape(batch, -1, n_columns)
-    turned = directions(keys, norms)
+    turned = directions(keys)
     columns = mx.arange(n_columns)
     alive = mx.broadcast_to(columns < n_held, places.shape)
     last = mx.full(places.shape, n_rows, mx.int32)

@@ -51,11 +51,6 @@ class Rule:
         return not (self.reads_attention or self.reads_keys)
 
     @property
-    def keeps_norms(self) -> bool:
-        """Whether the length of a row counts: the value's, or the key's."""
-        return self.value_weighted or self.reads_keys
-
-    @property
     def per_head(self) -> bool:
         """Whether every KV head chooses its own victim."""
         return self.granularity == "head"
