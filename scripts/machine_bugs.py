@@ -1,0 +1,250 @@
+"""Bugs that the state machines must find: one after the other, put in by text.
+
+Used by `scripts/state_machine.py --mutants`. The first three are defects that the
+package once had.
+"""
+
+from typing import NamedTuple
+
+CACHE, BATCH, KERNELS = "cache", "batch", "cache on kernels"
+
+
+class Edit(NamedTuple):
+    """A text in a file of the package, there once, and what takes its place."""
+
+    file: str
+    old: str
+    new: str
+
+
+class Bug(NamedTuple):
+    """What is wrong, and the machines that are to find it, in turn."""
+
+    what: str
+    edits: list[Edit]
+    kinds: tuple[str, ...] = (CACHE, BATCH)
+
+
+BUGS = [
+    Bug(
+        "to take back no token revives the evicted one (defect 1)",
+        [
+            Edit("cache.py", "        if not n:\n            return 0\n", ""),
+            Edit(
+                "slots.py",
+                "        if n <= 0:\n            return\n        to",
+                "        to",
+            ),
+        ],
+    ),
+    Bug(
+        "all taken back, no scores, and the kernel reads past them (defect 5)",
+        [
+            Edit(
+                "slots.py",
+                "            self.clear(self.journal.length)\n            return\n",
+                "            self.offset, self.victim = 0, None\n"
+                "            self.positions = self.scores = None\n"
+                "            return\n",
+            ),
+            Edit("eviction/kernels.py", "if rule.memory and scores is None:", "if 0:"),
+        ],
+        (KERNELS,),
+    ),
+    Bug(
+        "norms wait for the first eviction as a graph (defect 7)",
+        [
+            Edit(
+                "cache.py",
+                "output = slots.tied(plain_attention(queries, keys, values, **how))",
+                "output = plain_attention(queries, keys, values, **how)",
+            )
+        ],
+    ),
+    Bug(
+        "a step remembers all of the old score",
+        [
+            Edit(
+                "eviction/step.py",
+                "rule.memory * scores + received",
+                "scores + received",
+            )
+        ],
+    ),
+    Bug(
+        "a step protects one recent token too many",
+        [
+            Edit(
+                "eviction/step.py",
+                "positions <= newest - rule.n_recent",
+                "positions < newest - rule.n_recent",
+            )
+        ],
+    ),
+    Bug(
+        "the scan protects one recent token too many",
+        [
+            Edit(
+                "eviction/scan.py",
+                "places > first + i - rule.n_recent",
+                "places >= first + i - rule.n_recent",
+            )
+        ],
+    ),
+    Bug(
+        "the scan leaves learned sinks out",
+        [Edit("eviction/scan.py", "[..., 0] + extra[:, :, i]", "[..., 0]")],
+    ),
+    Bug(
+        "a token is not seen by the row after which it goes",
+        [Edit("block.py", "& (last >= row)", "& (last > row)")],
+    ),
+    Bug(
+        "a new token has the score of the slot's last one",
+        [
+            Edit(
+                "slots.py",
+                "if self.scores is not None and self.victim is not None:",
+                "if False:",
+            )
+        ],
+    ),
+    Bug(
+        "norms stay in the order of the slots when a block comes",
+        [
+            Edit(
+                "slots.py",
+                "[self._held(self.norms, order), norms]",
+                "[self.first(self.norms, self.size()), norms]",
+            )
+        ],
+    ),
+    Bug(
+        "the journal keeps a step that was taken back",
+        [Edit("journal.py", "if g.step < step)", "if g.step <= step)")],
+    ),
+    Bug(
+        "one token more than the journal holds may be taken back",
+        [
+            Edit(
+                "slots.py",
+                "return evictions <= at_hand",
+                "return evictions <= at_hand + 1",
+            )
+        ],
+    ),
+    Bug(
+        "scores in the journal are taken for ordered",
+        [
+            Edit(
+                "slots.py",
+                "self.scores, self.positions, self.victim)",
+                "self.scores)",
+            )
+        ],
+    ),
+    Bug(
+        "a row that is just full writes into a victim's slot",
+        [Edit("stack.py", "mx.array([o > limit for", "mx.array([o >= limit for")],
+        (BATCH, CACHE),
+    ),
+    Bug(
+        "a batch's new token has the score of the slot's last one",
+        [
+            Edit(
+                "stack.py",
+                "put(self.scores, mx.zeros(slot.shape), slot)",
+                "self.scores",
+            )
+        ],
+        (BATCH, CACHE),
+    ),
+    Bug(
+        "padding on the left is one token longer",
+        [
+            Edit(
+                "batch.py",
+                "max(0, left - self._done))\n            stop",
+                "max(0, left - self._done + (left > 0)))\n            stop",
+            )
+        ],
+        (BATCH,),
+    ),
+    Bug(
+        "a window keeps one newest token less",
+        [
+            Edit(
+                "eviction/window.py",
+                "np.concatenate([np.arange(rule.n_sinks), newest])",
+                "np.concatenate([np.arange(rule.n_sinks), newest - 1])",
+            )
+        ],
+    ),
+    Bug(
+        "an update that fails has changed the cache",
+        [
+            Edit(
+                "cache.py",
+                "what fails leaves no trace.\n        slots = self._slots.twin()",
+                "what fails leaves no trace.\n        slots = self._slots",
+            )
+        ],
+    ),
+    Bug(
+        "layers that are behind give back as many tokens",
+        [Edit("trimming.py", "(c, max(0, num_tokens - behind(c)))", "(c, num_tokens)")],
+    ),
+    Bug(
+        "layers do not notice that they are not in step",
+        [Edit("lockstep.py", "elif cache.offset != self._offset:", "elif False:")],
+    ),
+    Bug(
+        "what was evicted before comes back plain into quantised slots",
+        [Edit("cache.py", "kept, slots.journal.empty()", "kept, slots.journal")],
+    ),
+    Bug(
+        "keys that were evicted count in the mean key",
+        [Edit("eviction/keys.py", "if alive is not None:", "if False:")],
+    ),
+    Bug(
+        "what the oldest tokens were is not noted in a block",
+        [
+            Edit(
+                "evicting.py",
+                "    slots.note_gone(to_mlx(np.broadcast_to(gone",
+                "    (to_mlx(np.broadcast_to(gone",
+            )
+        ],
+    ),
+    Bug(
+        "scores are not saved",
+        [
+            Edit(
+                "state.py",
+                "slots.positions, slots.scores, slots.norms, slots.victim = others",
+                "slots.positions, _, slots.norms, slots.victim = others",
+            ),
+            Edit("state.py", "        _check(slots)\n    except", "    except"),
+        ],
+    ),
+    Bug(
+        "the kernel protects the recent tokens of a block's end",
+        [
+            Edit(
+                "eviction/kernels.py",
+                "newest_of_all - (n_rows - 1 - row) - n_recent",
+                "newest_of_all - n_recent",
+            )
+        ],
+        (KERNELS,),
+    ),
+    Bug(
+        "the kernel forgets that the norm of the value counts",
+        [
+            Edit(
+                "eviction/kernels.py", "if (WEIGHTED) weight *=", "if (false) weight *="
+            )
+        ],
+        (KERNELS,),
+    ),
+]
