@@ -1,12 +1,21 @@
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import mlx_lm
 import pytest
+import tiny
 from click.testing import CliRunner
 
-from tova_mlx.cli import main
+from tova_mlx.cli import main, models
+from tova_mlx.evaluation.lines import read_text
+
+PROGRAM = (sys.executable, "-m", "tova_mlx")
+BOM = b"\xef\xbb\xbf"
 
 
 def run(*arguments, **options):
@@ -16,17 +25,21 @@ def run(*arguments, **options):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("x", "--max-kv-size", "0"), 1, "max_size=0 is not a whole number"),
-        (("x", "--max-kv-size", "-4"), 1, "Use 1 or more"),
         (("x", "--max-kv-size", "1.5"), 2, "not a valid integer"),
         (("x", "--policy", "lru"), 2, "'lru' is not one of"),
-        (("x", "--policy", "window", "--n-sinks", "2"), 1, "does not read n_sinks"),
-        (("x", "--policy", "streaming", "--max-kv-size", "4"), 1, "at least 5"),
         (("x", "--model", "./nothing"), 1, "no such directory"),
-        (("--prompt-file", "/nothing"), 1, "No such file"),
+        (("x", "--model", "~nobody/x"), 1, "no such directory"),
+        (("x", "--model", "x" * 300), 1, "no such directory"),
+        (("--prompt-file", "/nothing"), 2, "'/nothing' does not exist"),
+        (("--prompt-file", "/"), 2, "'/' is a directory"),
+        (("x", "--temp", "nan"), 2, "nan is not a finite number"),
+        (("x", "--temp", "inf"), 2, "inf is not a finite number"),
+        (("x", "--top-p", "nan"), 2, "nan is not a finite number"),
+        (("x", "--seed", "-1"), 2, "-1 is not in the range"),
+        (("x", "--seed", str(2**64)), 2, "is not in the range"),
         (("  ",), 1, "prompt is empty"),
         ((), 2, "Give PROMPT or --prompt-file"),
-        (("x", "--prompt-file", "y"), 2, "one of them"),
+        (("x", "--prompt-file", os.devnull), 2, "one of them"),
     ],
 )
 def test_bad_input_is_one_line_that_says_what_to_do(arguments, code, message):
@@ -39,12 +52,155 @@ def test_bad_input_is_one_line_that_says_what_to_do(arguments, code, message):
     assert result.stdout == ""
 
 
+CANNOT_WORK = [
+    (("--max-kv-size", "0"), "'--max-kv-size': 0 is not in the range"),
+    (("--max-kv-size", "-5"), "'--max-kv-size': -5 is not in the range"),
+    (("--policy", "streaming", "--max-kv-size", "4"), "--max-kv-size 4 leaves no room"),
+]
+CANNOT_WORK_FOR_A_CACHE = [
+    *CANNOT_WORK,
+    (("--n-sinks", "-1"), "'--n-sinks': -1 is not in the range"),
+    (("--n-recent", "-1"), "'--n-recent': -1 is not in the range"),
+    (("--memory", "2"), "'--memory': 2.0 is not in the range"),
+    (("--memory", "nan"), "'--memory': nan is not a finite number"),
+    (("--kv-bits", "3"), "use 4, 8, or a pair"),
+    (("--policy", "window", "--n-sinks", "2"), "window does not read --n-sinks 2."),
+    (
+        ("--policy", "keydiff", "--no-value-weighted"),
+        "keydiff does not read --no-value-weighted. Leave it out; the options of "
+        "keydiff: --granularity, --n-sinks, --n-recent.",
+    ),
+    (
+        ("--policy", "streaming", "--granularity", "head"),
+        "does not read --granularity head. Leave it out; the options of streaming: "
+        "--n-sinks.",
+    ),
+    (("--policy", "window", "--prefill", "once"), "does not read --prefill once"),
+]
+
+
+def check_usage_error(arguments, message):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    said = result.stderr.splitlines()[-1]
+    assert message in said
+    # Nor names of Python, which nobody typed.
+    assert not re.search(r"\w=|\w_\w", said)
+
+
+@pytest.mark.parametrize(("options", "message"), CANNOT_WORK_FOR_A_CACHE)
+@pytest.mark.parametrize("command", ["generate", "chat", "serve", "run", "info"])
+def test_a_value_that_cannot_work_is_a_usage_error(command, options, message):
+    rest = {"generate": ("x",), "run": ("generate",)}.get(command, ())
+    # If it is not refused, there is no model to go on with.
+    arguments = (command, *options, *rest, "--model", "./nothing")
+    check_usage_error(arguments, message)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *CANNOT_WORK,
+        (("--seed", "-1"), "'--seed': -1 is not in the range"),
+        (("--seed", str(2**63)), "is not in the range"),
+    ],
+)
+@pytest.mark.parametrize("task", ["kept", "longrange", "needle", "perplexity"])
+def test_a_value_that_cannot_be_evaluated_is_a_usage_error(
+    tmp_path, task, options, message
+):
+    text = tmp_path / "novel.txt"
+    text.write_text("Call me Ishmael.")
+    check_usage_error(evaluation(task, text, *options), message)
+
+
+@pytest.mark.parametrize("task", ["kept", "longrange", "needle", "perplexity"])
+def test_a_text_that_is_not_there_is_a_usage_error(task):
+    check_usage_error(evaluation(task, "/nothing"), "'/nothing' does not exist")
+    check_usage_error(evaluation(task, "/"), "'/' is a directory")
+
+
+@pytest.mark.parametrize(
+    ("task", "option", "value"),
+    [
+        ("needle", "--depth", "nan"),
+        ("needle", "--depth", "1.5"),
+        ("needle", "--length", "0"),
+        ("longrange", "--temp", "inf"),
+    ],
+)
+def test_an_option_of_a_task_that_cannot_work_is_a_usage_error(
+    tmp_path, task, option, value
+):
+    text = tmp_path / "novel.txt"
+    text.write_text("Call me Ishmael.")
+    check_usage_error(evaluation(task, text, option, value), f"'{option}': {value} is")
+
+
+def evaluation(task, text, *options):
+    text = ("--text", str(text)) if task in ("longrange", "needle") else (str(text),)
+    return ("eval", task, *text, "--out", "out", "--model", "./nothing", *options)
+
+
+def test_a_usage_error_does_not_import_mlx():
+    code = (
+        "import sys; from tova_mlx.cli import main\n"
+        "try: main('generate x --policy streaming --max-kv-size 4'.split())\n"
+        "except SystemExit as end: assert end.code == 2\n"
+        "sys.exit('mlx' in sys.modules or 'mlx_lm' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_only_the_model_shows_is_said_in_options_too(monkeypatch):
+    monkeypatch.setattr(models, "load", lambda _: (tiny.make(), None, "tiny"))
+    result = run("info", "--kv-bits", "4")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "Error: --kv-group-size 64 does not divide rows of 8. Use 32, or leave "
+        "--kv-bits out.\n"
+    )
+
+
 def test_a_prompt_that_is_not_utf_8_is_refused(tmp_path):
     path = tmp_path / "prompt.txt"
-    path.write_bytes("naïve".encode("latin-1"))
+    path.write_bytes(BOM + "naïve".encode("latin-1"))
     result = run("generate", "--prompt-file", str(path))
     assert result.exit_code == 1
-    assert "is not UTF-8 text (byte 2)" in result.stderr
+    assert "is not UTF-8 text (byte 5)" in result.stderr
+    done = subprocess.run(
+        [*PROGRAM, "generate", "café".encode("latin-1")], capture_output=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"Error: PROMPT is not UTF-8 text (byte 3).")
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(BOM)
+    for result in (
+        run("generate", "--prompt-file", str(path)),
+        run("generate", "-", input=BOM),
+    ):
+        assert result.exit_code == 1
+        assert "prompt is empty" in result.stderr
+    path.write_bytes(BOM + b"Call me Ishmael.")
+    assert read_text(path) == "Call me Ishmael."
+
+
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "model").mkdir()
+    result = run("generate", "--prompt-file=~/empty.txt")
+    assert f"{tmp_path}/empty.txt: the prompt is empty" in result.stderr
+    assert models.resolve("~/model") == str(tmp_path / "model")
+    result = run(*evaluation("perplexity", "~/empty.txt"), "--out=~/empty.txt")
+    assert "'--out': Directory '~/empty.txt' is a file" in result.stderr.replace(
+        str(tmp_path), "~"
+    )
 
 
 @pytest.mark.parametrize("command", main.commands)
@@ -59,6 +215,84 @@ def test_help_has_an_example_and_does_not_import_mlx(command, option):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0
     assert f"Example: tova-mlx {command}" in done.stdout
+
+
+def test_a_hub_cache_that_cannot_be_used_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    places = dict.fromkeys(("HF_HOME", "HF_HUB_CACHE"), str(tmp_path / "file"))
+    done = subprocess.run(
+        [*PROGRAM, "generate", "x", "--model", "owner/name"],
+        env={**os.environ, **places, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: --model owner/name: cannot get it")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("when", ["loading", "reading"])
+def test_ctrl_c_before_the_first_token_is_said(monkeypatch, when):
+    def press(*_, **__):
+        raise KeyboardInterrupt
+
+    tokenizer = SimpleNamespace(chat_template=None, encode=lambda _: [1, 2])
+    loaded = (tiny.make(), tokenizer, "tiny")
+    monkeypatch.setattr(models, "load", lambda _: loaded)
+    place, name = (models, "load") if when == "loading" else (mlx_lm, "stream_generate")
+    monkeypatch.setattr(place, name, press)
+    result = run("generate", "x")
+    assert result.exit_code == 130
+    assert (result.stdout, result.stderr) == ("", "Interrupted.\n")
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("command", ["generate x --max-tokens 2", "info"])
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_do_no_harm(demo_path, command, closed):
+    program = [*PROGRAM, *command.split(), "--model", str(demo_path)]
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}', "sh", *program],
+        env={**os.environ, "LC_ALL": "C"},
+        capture_output=True,
+    )
+    assert (done.returncode, b"Error" in done.stderr) == (0, False), done.stderr
+    assert bool(done.stdout) == (">&-" not in closed.split())
+
+
+def test_a_closed_stdin_is_an_empty_prompt():
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" <&-', "sh", *PROGRAM, "generate", "-"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: stdin: the prompt is empty.")
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("command", ["generate x --max-tokens 2", "info --json"])
+def test_a_reader_that_leaves_ends_the_command_quietly(demo_path, command):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [*PROGRAM, *command.split(), "--model", str(demo_path)],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writing)
+    assert done.returncode == 1
+    assert not re.search("Traceback|Error", done.stderr)
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize(
+    "command", ["generate x --max-tokens 2 --memory 0.5", "info --no-value-weighted"]
+)
+def test_the_default_policy_reads_every_option(demo_path, command):
+    result = run(*command.split(), "--model", str(demo_path))
+    assert result.exit_code == 0, (result.stderr, result.exception)
 
 
 @pytest.mark.real_model

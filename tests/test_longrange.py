@@ -632,9 +632,9 @@ def run(*arguments):
     [
         ((), "Give --squality, --qasper or --text"),
         (("--task", "story"), "--task story needs --text"),
-        (("--task", "story", "--text", "x", "--qasper", "y"), "no --task qasper"),
+        (("--task", "story", "--text", __file__, "--qasper", "y"), "no --task qasper"),
         (("--task", "poem"), "'poem' is not one of"),
-        (("--text", "x", "--examples", "0"), "0 is not in the range"),
+        (("--examples", "0"), "0 is not in the range"),
     ],
 )
 def test_tasks_and_data_must_agree(tmp_path, arguments, message):
@@ -648,8 +648,6 @@ def test_tasks_and_data_must_agree(tmp_path, arguments, message):
     [
         (("--qasper", "{}/nothing.jsonl"), "no such file"),
         (("--squality", "{}/papers.jsonl"), "line 1: no field 'document'"),
-        (("--text", "{}/nothing.txt"), "No such file"),
-        (("--text", "x", "--max-kv-size", "0"), "max_size=0 is not"),
     ],
 )
 def test_bad_input_is_one_line_before_a_model_is_loaded(tmp_path, arguments, message):

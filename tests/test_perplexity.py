@@ -266,12 +266,7 @@ def test_the_command_measures_and_goes_on(demo_path, text, tmp_path):
 
 def test_bad_input_is_one_line(tmp_path):
     novel = tmp_path / "novel.txt"
+    novel.write_bytes(b"\xff\xfe")
     done = run(novel, "--out", tmp_path)
     assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
-    assert "cannot be read (No such file or directory)" in done.stderr
-    novel.write_bytes(b"\xff\xfe")
-    assert "it is not UTF-8" in run(novel, "--out", tmp_path).stderr
-    novel.write_text("Call me Ishmael.")
-    done = run(novel, "--max-kv-size", 2, "--out", tmp_path)
-    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
-    assert "leaves no room" in done.stderr
+    assert "it is not UTF-8" in done.stderr

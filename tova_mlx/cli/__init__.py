@@ -1,5 +1,6 @@
 """The command line `tova-mlx`. MLX is imported when a command runs, not before."""
 
+import os
 import sys
 
 import click
@@ -10,6 +11,7 @@ from .chat import chat
 from .evaluate import evaluate
 from .generate import generate
 from .info import info
+from .options import in_options
 from .run import run
 from .serve import serve
 
@@ -18,14 +20,26 @@ class _Group(click.Group):
     """Prints an error raised on purpose as one line; exit 1, or 130 after Ctrl-C."""
 
     def invoke(self, ctx: click.Context) -> object:
+        _open_streams()
         try:
             return super().invoke(ctx)
         except TovaError as error:
-            click.echo(error.line, err=True)
+            click.echo(in_options(error.line), err=True)
         except KeyboardInterrupt:
-            click.echo("Interrupted.", err=True)
+            # Below the ^C of a terminal.
+            click.echo("\n" * sys.stderr.isatty() + "Interrupted.", err=True)
             sys.exit(130)
         sys.exit(1)
+
+
+def _open_streams() -> None:
+    """Open standard streams that are closed, on nothing.
+
+    Or the next files opened would get their numbers, and MLX takes 0 for a failure.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

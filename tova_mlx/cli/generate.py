@@ -9,6 +9,7 @@ import click
 
 from ..errors import PromptError
 from .options import (
+    TEXT_FILE,
     cache_arguments,
     cache_options,
     check,
@@ -19,16 +20,14 @@ from .options import (
 
 @click.command(short_help="Text continued in bounded memory")
 @click.argument("prompt", required=False)
-@click.option(
-    "--prompt-file", type=click.Path(dir_okay=False), help="Read the prompt from here."
-)
+@click.option("--prompt-file", type=TEXT_FILE, help="Read the prompt from here.")
 @click.option("--no-chat-template", is_flag=True, help="Continue the text as it is.")
 @model_option
 @cache_options
 @sampling_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def generate(
-    prompt: str | None, prompt_file: str | None, as_json: bool, **options: Any
+    prompt: str | None, prompt_file: Path | None, as_json: bool, **options: Any
 ) -> None:
     """Text continued in bounded memory; PROMPT, --prompt-file, or '-' for stdin
 
@@ -74,6 +73,8 @@ def generate(
             if not as_json:
                 click.echo(last.text, nl=False)
     except KeyboardInterrupt:
+        if last is None:
+            raise
         interrupted = True
     if not as_json:
         click.echo()
@@ -102,24 +103,25 @@ def generate(
         sys.exit(130)
 
 
-def _read(prompt: str | None, prompt_file: str | None) -> str:
+def _read(prompt: str | None, prompt_file: Path | None) -> str:
     if (prompt is None) == (prompt_file is None):
         raise click.UsageError("Give PROMPT or --prompt-file, one of them.")
+    source = prompt_file or ("stdin" if prompt == "-" else "PROMPT")
     try:
         if prompt_file is not None:
-            source, text = prompt_file, Path(prompt_file).read_bytes().decode("utf-8")
+            data = prompt_file.read_bytes()
         elif prompt == "-":
-            source, text = "stdin", sys.stdin.buffer.read().decode("utf-8")
+            data = sys.stdin.buffer.read()
         else:
-            source, text = "PROMPT", prompt or ""
+            # Python keeps bytes of an argument that are not UTF-8 as surrogates.
+            data = (prompt or "").encode("utf-8", "surrogateescape")
+        text = data.decode("utf-8").removeprefix("\ufeff")
     except OSError as error:
-        raise PromptError(
-            f"--prompt-file {prompt_file}: {error.strerror}. Check the path."
-        ) from error
+        raise PromptError(f"{source}: cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
         raise PromptError(
-            f"{prompt_file or 'stdin'} is not UTF-8 text (byte {error.start}). Convert "
-            "it first, for example with iconv."
+            f"{source} is not UTF-8 text (byte {error.start}). Convert it first, for "
+            "example with iconv."
         ) from error
     if not text.strip():
         raise PromptError(f"{source}: the prompt is empty. Give at least one word.")

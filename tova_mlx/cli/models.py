@@ -1,11 +1,12 @@
 """Loads a model for a command, or says in one line why that does not work."""
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..demo import demo_model_path
+from ..demo import DEMO_MODELS, demo_model_path
 from ..errors import ModelLoadError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -20,17 +21,19 @@ def resolve(model: str | None) -> str:
         from mlx_lm.chat import DEFAULT_MODEL
 
         return DEFAULT_MODEL
-    if model == "demo" and not Path(model).exists():
-        if (demo / "config.json").is_file():
-            return str(demo)
+    if model in DEMO_MODELS and not Path(model).exists():
+        prepared = demo_model_path(model)
+        if (prepared / "config.json").is_file():
+            return str(prepared)
         raise ModelLoadError(
-            f"--model demo: nothing at {demo}. Run scripts/demo.sh or "
-            "scripts/prepare_demo_model.py first."
+            f"--model {model}: nothing at {prepared}. Run "
+            f"scripts/prepare_demo_model.py --model {model} first."
         )
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return str(path)
-    if path.exists() or not _HUB_ID.fullmatch(model):
+    # os.path takes no name for an error, be it too long or ~ of somebody unknown.
+    path = os.path.expanduser(model)
+    if os.path.isdir(path):
+        return path
+    if os.path.exists(path) or not _HUB_ID.fullmatch(model):
         raise ModelLoadError(
             f"--model {model}: no such directory, and no hub id (owner/name). Check "
             "the path, or use demo."

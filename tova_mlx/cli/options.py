@@ -1,13 +1,38 @@
 """Options that several commands share."""
 
-from collections.abc import Callable
+import os
+import re
+from collections.abc import Callable, Mapping
+from math import isfinite
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from ..errors import OptionError
 from ..policies import ATTENTION_OPTIONS, POLICIES, settle
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class UserPath(click.Path):
+    """A path of which a leading ~ is expanded; shells leave it in --option=~/file."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
+class Finite(click.FloatRange):
+    """A range without nan, which no comparison refuses, and without infinity."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        number = super().convert(value, param, ctx)
+        if not isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+TEXT_FILE = UserPath(exists=True, dir_okay=False, path_type=Path)
 
 
 def model_option(command: F) -> F:
@@ -43,7 +68,7 @@ def cache_options(command: F) -> F:
             ),
             click.option(
                 "--max-kv-size",
-                type=int,
+                type=click.IntRange(min=1),
                 default=1024,
                 show_default=True,
                 help="Tokens kept per layer.",
@@ -55,17 +80,17 @@ def cache_options(command: F) -> F:
             ),
             click.option(
                 "--n-sinks",
-                type=int,
+                type=click.IntRange(min=0),
                 help="First tokens protected.  [default: the policy's]",
             ),
             click.option(
                 "--n-recent",
-                type=int,
+                type=click.IntRange(min=0),
                 help="Newest tokens protected.  [default: the policy's]",
             ),
             click.option(
                 "--memory",
-                type=float,
+                type=Finite(0, 1),
                 help="Share of the old score kept per token.  [default: the policy's]",
             ),
             click.option(
@@ -123,21 +148,21 @@ def sampling_options(command: F) -> F:
             ),
             click.option(
                 "--temp",
-                type=click.FloatRange(min=0),
+                type=Finite(min=0),
                 default=0.0,
                 show_default=True,
                 help="Sampling temperature; 0 takes the likeliest token.",
             ),
             click.option(
                 "--top-p",
-                type=click.FloatRange(0, 1),
+                type=Finite(0, 1),
                 default=1.0,
                 show_default=True,
                 help="Sample among the likeliest tokens of this share.",
             ),
             click.option(
                 "--seed",
-                type=int,
+                type=click.IntRange(0, 2**64 - 1),
                 default=0,
                 show_default=True,
                 help="Seed of the sampling.",
@@ -154,8 +179,46 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(options: dict[str, Any]) -> None:
-    """Refuse what no model could do, before one is loaded. Raises OptionError."""
-    settle(options["policy"], options["max_kv_size"], given(options))
+    """Refuse what no model could do, before one is loaded. Raises UsageError."""
+    policy = options["policy"]
+    if options["prefill"] == "once" and not POLICIES[policy].reads_attention:
+        raise click.UsageError(
+            f"{policy} does not read --prefill once: it cuts by attention. Leave it "
+            "out."
+        )
+    check_policy(policy, options["max_kv_size"], given(options))
+
+
+def check_policy(policy: str, max_kv_size: int, options: Mapping[str, Any]) -> None:
+    """Refuse a size or options that the policy cannot work with. Raises UsageError."""
+    try:
+        settle(policy, max_kv_size, options)
+    except OptionError as error:
+        raise click.UsageError(in_options(str(error))) from error
+
+
+_NAMES = "|".join(
+    ("max_size", "prefill", "kv_bits", "kv_group_size", *ATTENTION_OPTIONS)
+)
+# With a value; and without one, in a list of options or in "Leave kv_bits out".
+_GIVEN = re.compile(rf"(?<= )({_NAMES})='?(\w[\w.]*\b)'?")
+_NAMED = re.compile(rf"(?<=[:,] )({_NAMES})(?=[,.])|(?<=[Ll]eave )kv_bits")
+
+
+def in_options(message: str) -> str:
+    """An error's text with options for the arguments of Python that it names."""
+    message = _GIVEN.sub(lambda found: _typed(found[1], found[2]), message)
+    return _NAMED.sub(lambda found: _flag(found[0]), message)
+
+
+def _typed(name: str, value: str) -> str:
+    if name == "value_weighted":
+        return _flag(name if value == "True" else "no_value_weighted")
+    return f"{_flag(name)} {value}"
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("max_size", "max_kv_size").replace("_", "-")
 
 
 def cache_arguments(options: dict[str, Any]) -> dict[str, Any]:

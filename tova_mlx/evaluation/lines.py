@@ -10,9 +10,12 @@ from ..errors import EvaluationError
 
 
 def read_text(path: Path, wanted: str = "Name a text file in UTF-8.") -> str:
-    """A text file; `wanted`: what to do without it. Raises EvaluationError."""
+    """A text file, its byte order mark left out; `wanted`: what to do without it.
+
+    Raises EvaluationError.
+    """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise EvaluationError(f"{path}: cannot be read ({reason}). {wanted}") from error

@@ -8,11 +8,19 @@ import click
 
 from ...evaluation.kinds import ENOUGH
 from ...evaluation.lines import read_text
-from .options import begin, check_settings, eval_options, first_ids, named, progress
+from ..options import TEXT_FILE
+from .options import (
+    begin,
+    check_settings,
+    eval_options,
+    first_ids,
+    named,
+    progress,
+)
 
 
 @click.command(short_help="Which tokens are kept")
-@click.argument("text", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("text", type=TEXT_FILE)
 @eval_options(sizes=(128, 512))
 @click.option(
     "--tokens",

@@ -8,6 +8,7 @@ import click
 
 from ...evaluation.lines import read_text
 from ..models import directory
+from ..options import TEXT_FILE, Finite
 from .options import begin, check_settings, eval_options, progress
 from .tables import percent, pm
 
@@ -41,7 +42,7 @@ _DATA = {"squality": "squality", "qasper": "qasper", "story": "text"}
 )
 @click.option(
     "--text",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=TEXT_FILE,
     help="A text file whose passages the stories go on from.",
 )
 @click.option(
@@ -72,7 +73,7 @@ _DATA = {"squality": "squality", "qasper": "qasper", "story": "text"}
 )
 @click.option(
     "--temp",
-    type=click.FloatRange(min=0),
+    type=Finite(min=0),
     default=0.7,
     show_default=True,
     help="Sampling temperature of stories; answers and summaries are greedy.",

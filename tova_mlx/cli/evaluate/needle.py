@@ -7,27 +7,15 @@ from typing import Any
 
 import click
 
-from ...errors import EvaluationError
 from ...evaluation.lines import read_text
+from ..options import TEXT_FILE, Finite
 from .options import begin, check_settings, eval_options, named, progress
-
-
-def _shares(
-    context: click.Context, parameter: click.Parameter, depths: tuple[float, ...]
-) -> tuple[float, ...]:
-    for depth in depths:
-        if not 0 <= depth <= 1:
-            raise EvaluationError(
-                f"--depth {depth:g} is no share of the text. Use 0 (its start) to 1 "
-                "(its end)."
-            )
-    return depths
 
 
 @click.command(short_help="Retrieval of a fact hidden in a text")
 @click.option(
     "--text",
-    type=click.Path(path_type=Path),
+    type=TEXT_FILE,
     required=True,
     help="Text file that facts are hidden in, such as a novel.",
 )
@@ -35,7 +23,7 @@ def _shares(
 @click.option(
     "--length",
     "lengths",
-    type=int,
+    type=click.IntRange(min=1),
     multiple=True,
     default=(512, 1024, 2048),
     show_default=True,
@@ -45,11 +33,10 @@ def _shares(
 @click.option(
     "--depth",
     "depths",
-    type=float,
+    type=Finite(0, 1),
     multiple=True,
     default=(0.0, 0.25, 0.5, 0.75, 1.0),
     show_default=True,
-    callback=_shares,
     help="Where the fact stands: 0 is the start of the text, 1 its end; may be given "
     "several times.",
 )

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import click
 
-from ...policies import POLICIES, settle
-from ..options import model_option
+from ...policies import POLICIES
+from ..options import UserPath, check_policy, model_option
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -36,7 +36,7 @@ def eval_options(sizes: tuple[int, ...]) -> Callable[[F], F]:
                 click.option(
                     "--max-kv-size",
                     "sizes",
-                    type=int,
+                    type=click.IntRange(min=1),
                     multiple=True,
                     default=sizes,
                     show_default=True,
@@ -51,14 +51,15 @@ def eval_options(sizes: tuple[int, ...]) -> Callable[[F], F]:
                 ),
                 click.option(
                     "--seed",
-                    type=int,
+                    # Half of MLX's range: an example's number is added to it.
+                    type=click.IntRange(0, 2**63 - 1),
                     default=0,
                     show_default=True,
                     help="Seed of what is drawn by chance.",
                 ),
                 click.option(
                     "--out",
-                    type=click.Path(path_type=Path, file_okay=False),
+                    type=UserPath(path_type=Path, file_okay=False),
                     required=True,
                     help="Directory for results.jsonl and a PNG; a run that was "
                     "stopped goes on there.",
@@ -99,14 +100,14 @@ class Loaded(NamedTuple):
 
 
 def check_settings(options: dict[str, Any]) -> None:
-    """Refuse now what no model could do, before one is loaded. Raises OptionError."""
+    """Refuse now what no model could do, before one is loaded. Raises UsageError."""
     for policy in options["policies"]:
         for size in options["sizes"]:
-            settle(policy, size, {})
+            check_policy(policy, size, {})
 
 
 def begin(options: dict[str, Any]) -> Loaded:
-    """Load the model of `eval_options`. Raises OptionError, ModelLoadError."""
+    """Load the model of `eval_options`. Raises UsageError, ModelLoadError."""
     check_settings(options)
     from ...evaluation.plots import pyplot
     from ...evaluation.results import provenance

@@ -7,12 +7,20 @@ from typing import Any
 import click
 
 from ...evaluation.lines import read_text
-from .options import begin, check_settings, eval_options, first_ids, named, progress
+from ..options import TEXT_FILE
+from .options import (
+    begin,
+    check_settings,
+    eval_options,
+    first_ids,
+    named,
+    progress,
+)
 from .tables import percent, pm
 
 
 @click.command(short_help="Perplexity of a long text")
-@click.argument("text", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("text", type=TEXT_FILE)
 @eval_options(sizes=(64, 128, 256, 512, 1024))
 @click.option(
     "--tokens",
