@@ -1,5 +1,7 @@
 """The server as a user would use it: a process, and the openai client."""
 
+import json
+import os
 import re
 import signal
 import socket
@@ -129,6 +131,71 @@ def test_a_conversation_goes_on_from_what_is_cached(client):
     assert second.choices[0].message.content
 
 
+TURNS = [
+    "Name three rivers of Europe and say where each of them ends. " * 6,
+    "Which one is the longest?",
+    "And of Asia?",
+    "Tell me a story about one of them.",
+    "What is seven times eight?",
+    "Why is the sky blue?",
+    "Say that in one sentence.",
+    "Who wrote Moby Dick?",
+    "Give me a rhyme about a whale.",
+    "What did I ask first?",
+]
+
+
+def conversation(client, drafts):
+    """Answers to all turns, drafted as many tokens at a time as `drafts` says."""
+    messages, texts = [], []
+    for i, question in enumerate(TURNS):
+        messages.append(user(question))
+        body = {"num_draft_tokens": drafts[i % len(drafts)]}
+        said = chat(client, messages, extra_body=body)
+        texts.append(said.choices[0].message.content)
+        messages.append({"role": "assistant", "content": texts[-1]})
+    assert said.usage.prompt_tokens > 2 * LIMIT
+    # The one before was answered with drafts, so nothing was read twice.
+    cached = said.usage.prompt_tokens_details.cached_tokens
+    assert said.usage.prompt_tokens - cached < 30
+    return texts
+
+
+def test_ten_turns_with_a_draft_model_are_those_without(client, demo_path):
+    model = str(demo_path)
+    arguments = ("--model", model, "--draft-model", model, "--num-draft-tokens", "20")
+    limit = ("--max-kv-size", str(LIMIT), "--log-level", "ERROR")
+    with serving(*arguments, *limit) as (_, drafted):
+        # 20 is more than the caches can take back unless told; 0 leaves the draft
+        # model's caches behind.
+        texts = conversation(drafted, [3, 20, 0, 2, 1])
+        with pytest.raises(openai.BadRequestError) as refusal:
+            chat(drafted, [user("Why?")], extra_body={"num_draft_tokens": 21})
+        assert "must be at most 20" in refusal.value.response.json()["error"]
+        assert answer(drafted, "Why?")
+    assert texts == conversation(client, [0])
+
+
+def test_fifty_clients_at_the_same_moment_are_all_served(small_path):
+    arguments = ("--model", str(small_path), "--log-level", "ERROR")
+    body = json.dumps({"prompt": "Call me", "max_tokens": 1}).encode()
+    head = f"POST /v1/completions HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n"
+    with serving(*arguments) as (process, client):
+        # Stopped, it can take none of them from the queue.
+        process.send_signal(signal.SIGSTOP)
+        address = ("127.0.0.1", client.base_url.port)
+        try:
+            clients = [socket.create_connection(address, 2) for _ in range(50)]
+        finally:
+            process.send_signal(signal.SIGCONT)
+        for each in clients:
+            each.settimeout(60)
+            each.sendall(head.encode() + body)
+        for each in clients:
+            with each, each.makefile("rb") as answered:
+                assert b" 200 " in answered.readline()
+
+
 def test_a_client_that_leaves_does_not_stop_the_server(client):
     stream = chat(client, [user("Count to a thousand.")], stream=True, max_tokens=2000)
     next(iter(stream))
@@ -160,8 +227,14 @@ def test_it_stops_when_told_to(demo_path, number):
     [
         (("--kv-bits", "3"), 2, "use 4, 8, or a pair"),
         (("--port", "{taken}"), 1, "cannot listen"),
+        (("--port", "99999"), 2, "99999 is not in the range"),
+        (("--port", "-1"), 2, "-1 is not in the range"),
+        (("--port", "http"), 2, "'http' is not a valid integer"),
+        (("--host", ".."), 1, "cannot listen"),
+        (("--num-draft-tokens", "-1"), 2, "-1 is not in the range"),
         (("--model", "./nothing"), 1, "no such directory"),
-        (("--policy", "window", "--memory", "0.5"), 1, "does not read memory"),
+        (("--draft-model", "./nothing"), 1, "no such directory"),
+        (("--policy", "window", "--memory", "0.5"), 2, "does not read --memory 0.5"),
         (("--no-such-option",), 2, "unrecognized arguments"),
     ],
 )
@@ -172,16 +245,31 @@ def test_what_cannot_be_served_ends_with_the_reason(
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        arguments = [a.replace("{taken}", port) for a in arguments]
-        done = subprocess.run(
-            [sys.executable, "-m", "tova_mlx", "serve", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        done = refused([a.replace("{taken}", port) for a in arguments])
     assert done.returncode == code
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+    # What the options alone can tell is told before a model is loaded.
+    assert code == 1 or "tova keeps" not in done.stderr
+
+
+def refused(arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "tova_mlx", "serve", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | environment,
+    )
+
+
+def test_a_hub_cache_that_cannot_be_made_is_one_line(demo_path, tmp_path):
+    (tmp_path / "file").touch()
+    place = str(tmp_path / "file" / "hub")
+    done = refused(["--model", str(demo_path)], HF_HUB_CACHE=place)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"Error: HF_HUB_CACHE={place}: cannot be made")
+    assert done.stderr.count("\n") == 1
 
 
 def test_memory_stays_bounded_over_growing_requests(small_path):

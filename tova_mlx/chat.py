@@ -4,10 +4,10 @@ Each turn feeds the cache only what it has not seen. What is remembered beside t
 cache is the last exchange, so that a conversation of any length costs the same.
 """
 
+import copy
 import json
-import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,23 @@ import mlx.nn as nn
 from mlx_lm import stream_generate
 from mlx_lm.models.cache import make_prompt_cache
 
-from .errors import CacheStateError, PromptError
+from .errors import CacheStateError, PromptError, TovaError
+from .layers import leaves
 from .saved import load_prompt_cache, save_prompt_cache
+from .trimming import trim_prompt_cache
+
+NOT_READ = (
+    "Stopped before the question was read to its end; the conversation is as before it."
+)
+# Stands for an answer in what a template makes of it.
+_ANSWER = "theanswer"
 
 
 class Conversation:
     """Turns of one conversation over one list of caches.
+
+    While a question is read there are two lists: until the first piece of the answer
+    the conversation is as it was before the question, whatever happens.
 
     Args:
         model: from `mlx_lm.load`, converted (`tova_mlx.convert`).
@@ -38,6 +49,8 @@ class Conversation:
         **generate: Any,
     ):
         self.model, self.tokenizer, self.options = model, tokenizer, generate
+        if system_prompt is not None:
+            system_prompt = _well_formed(system_prompt)
         self.system_prompt = system_prompt
         self.reset()
 
@@ -47,91 +60,166 @@ class Conversation:
         # The last question and answer, and whether the answer's end was generated.
         self._last: tuple[str, str, bool] | None = None
 
+    @property
+    def begun(self) -> bool:
+        """Whether there was a question."""
+        return self._last is not None
+
     def ask(self, text: str, stop: Callable[[], bool] = lambda: False) -> Iterator[Any]:
         """The answer to `text`, piece by piece: what `stream_generate` yields.
 
-        `stop` is asked between steps: if it says True the answer ends there, with the
-        cache as complete as after any other answer.
+        `stop` is asked between steps: if it says True the answer ends there. So it does
+        if the caller goes away; what was answered so far is part of the conversation.
+
+        Raises CacheStateError if `stop` says True before the question was read to its
+        end, or if a step of the answer fails and cannot be taken back: then the
+        conversation starts anew.
         """
-        tokens = self._new_tokens(text)
-        answer, ended = "", False
+        text = _well_formed(text)
+        tokens, caches = self._next_turn(text)
+        answer: str = ""
+        seen: list[Any] = []
 
         def between_chunks(done: int, total: int) -> None:
             if stop() and done < total:
                 raise _Stopped
 
+        pieces: Any = stream_generate(
+            self.model,
+            self.tokenizer,
+            tokens,
+            prompt_cache=caches,
+            prompt_progress_callback=between_chunks,
+            **self.options,
+        )
         try:
-            for piece in stream_generate(
-                self.model,
-                self.tokenizer,
-                tokens,
-                prompt_cache=self.caches,
-                prompt_progress_callback=between_chunks,
-                **self.options,
-            ):
-                answer += piece.text
-                ended = piece.finish_reason == "stop"
-                yield piece
-                if stop():
-                    break
+            with closing(pieces):
+                for piece in pieces:
+                    answer += piece.text
+                    # The caches before go, so that the next write is in place.
+                    self.caches = caches
+                    self._last = (text, answer, piece.finish_reason == "stop")
+                    seen = _offsets(caches)
+                    yield piece
+                    if stop():
+                        break
         except _Stopped:
-            # Half of the question is in the cache and nothing can take it out again.
-            self.reset()
-            raise CacheStateError(
-                "Stopped before the question was read to its end. The conversation "
-                "starts anew; ask again."
-            ) from None
-        self._last = (text, answer, ended)
+            raise CacheStateError(NOT_READ) from None
+        except GeneratorExit:
+            # Between two steps.
+            raise
+        except BaseException as error:
+            if seen and not self._go_back(seen):
+                # Some layers may be a token ahead of others.
+                self.reset()
+                if isinstance(error, Exception):
+                    raise CacheStateError(
+                        f"The answer broke off within a step ({error}), which cannot "
+                        "be taken back. The conversation starts anew; ask again."
+                    ) from error
+            raise
 
-    def save(self, path: str | Path) -> None:
-        """Write caches and last exchange to a file. Raises CacheStateError."""
+    def save(self, path: str | Path) -> Path:
+        """Write caches and last exchange to a file and return its path.
+
+        Raises CacheStateError.
+        """
         metadata = {"tova_mlx_chat": json.dumps([self.system_prompt, self._last])}
-        save_prompt_cache(path, self.caches, model=self.model, metadata=metadata)
+        return save_prompt_cache(path, self.caches, model=self.model, metadata=metadata)
 
     def load(self, path: str | Path) -> None:
         """Go on where `save` was called. Raises CacheStateError and changes nothing."""
         caches, metadata = load_prompt_cache(path, model=self.model)
         try:
             system_prompt, last = json.loads(metadata["tova_mlx_chat"])
-            last = None if last is None else (str(last[0]), str(last[1]), bool(last[2]))
-        except (KeyError, ValueError, TypeError, IndexError) as error:
+            if not isinstance(system_prompt, str | None):
+                raise TypeError
+            if last is not None:
+                question, answer = (_well_formed(str(t)) for t in last[:2])
+                last = (question, answer, bool(last[2]))
+        except (LookupError, ValueError, TypeError, RecursionError) as error:
             raise CacheStateError(
                 f"{path}: a saved prompt, but not one of a chat. Use a file that /save "
                 "made."
             ) from error
         self.caches, self.system_prompt, self._last = caches, system_prompt, last
 
-    def _new_tokens(self, text: str) -> list[int]:
-        """The tokens of the next question that the cache has not seen."""
+    def _go_back(self, seen: list[Any]) -> bool:
+        """Take back what came after `seen`; whether the layers are together then."""
+        if None in seen:
+            # A state that does not say how many tokens are in it.
+            return False
+        ahead = _ahead(self.caches, seen)
+        if any(ahead):
+            trim_prompt_cache(self.caches, max(ahead))
+            ahead = _ahead(self.caches, seen)
+        try:
+            # Raises for a layer that has not attended to what it was given.
+            _ = [c.state for c in self.caches]
+        except TovaError:
+            return False
+        return len(ahead) <= 1
+
+    def _next_turn(self, text: str) -> tuple[list[int], list[Any]]:
+        """The tokens of the next question, and caches that have seen all before."""
         if not text.strip():
             raise PromptError("The question is empty. Give at least one word.")
+        caches = copy.deepcopy(self.caches)
         if self.tokenizer.chat_template is None:
-            return self._encode(text)
+            return self._encode(text), caches
+        new = {"role": "user", "content": text}
         if self._last is None:
-            return self._encode(self._render([{"role": "user", "content": text}]))
+            return self._encode(self._render([new])), caches
         question, answer, ended = self._last
-        seen = [{"role": "user", "content": question}]
-        before = self._render(seen) + answer
-        seen += [
-            {"role": "assistant", "content": answer},
-            {"role": "user", "content": text},
-        ]
-        after = self._render(seen)
-        if not after.startswith(before):
-            # A template that rewrites earlier turns; the new one stands by itself.
-            return self._encode(self._render(seen[-1:]))
-        tokens = self._encode(after[len(before) :])
+        rest = self._after_answer(question, text)
+        if rest is None:
+            # A template that rewrites answers. All that is still known is read again.
+            known = [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": answer},
+                new,
+            ]
+            return self._encode(self._render(known)), make_prompt_cache(self.model)
+        tokens = self._encode(rest)
         if ended and tokens[:1] and tokens[0] in self.tokenizer.eos_token_ids:
             tokens = tokens[1:]
-        return tokens
+        return tokens, caches
 
-    def _render(self, messages: list[dict[str, str]]) -> str:
-        if self.system_prompt is not None:
-            system = {"role": "system", "content": self.system_prompt}
-            messages = [system, *messages]
-        return self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False
-        )
+    def _after_answer(self, question: str, text: str) -> str | None:
+        """What the template puts after an answer: its end, and the next question.
+
+        It does not depend on the answer, which a template may trim, or shorten by its
+        thoughts, once it is not the last. None if the answer is not to be found.
+        """
+        system = (self.system_prompt or "").strip()
+        mark = _ANSWER
+        while mark in f"{question} {text} {system}":
+            mark += "s"
+        messages = [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": mark},
+            {"role": "user", "content": text},
+        ]
+        rest = _only_after(mark, self._render(messages))
+        if rest is not None and system and system in rest:
+            # A template that moves the system message to the newest question.
+            rest = _only_after(mark, self._render(messages, system=False))
+        return rest
+
+    def _render(self, messages: list[dict[str, str]], *, system: bool = True) -> str:
+        if system and self.system_prompt is not None:
+            first = {"role": "system", "content": self.system_prompt}
+            messages = [first, *messages]
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:
+            # A template is a program and can raise anything.
+            raise PromptError(
+                f"The model's chat template does not take the conversation ({error}). "
+                "Leave the system prompt out, or use another model."
+            ) from error
 
     def _encode(self, text: str) -> list[int]:
         special = self._last is None and self.tokenizer.chat_template is None
@@ -142,23 +230,24 @@ class _Stopped(Exception):
     """Asked to stop between two chunks of a question."""
 
 
-@contextmanager
-def stopped_by_ctrl_c() -> Iterator[Callable[[], bool]]:
-    """A function that says whether Ctrl-C was pressed inside; nothing is raised.
+def _well_formed(text: str) -> str:
+    """With U+FFFD for halves of surrogate pairs, which no tokenizer takes."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
-    An exception in the middle of a step would leave some layers a token ahead of
-    others. A second Ctrl-C raises KeyboardInterrupt.
-    """
-    pressed = False
 
-    def note(*_: Any) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
+def _only_after(mark: str, text: str) -> str | None:
+    """What follows `mark`; None unless it is there once."""
+    _, *rest = text.split(mark)
+    return rest[0] if len(rest) == 1 else None
 
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
+
+def _offsets(caches: list[Any]) -> list[int | None]:
+    """Tokens seen by each layer; None for one that does not say."""
+    offsets = [getattr(c, "offset", None) for c in leaves(caches)]
+    return [o if isinstance(o, int) else None for o in offsets]
+
+
+def _ahead(caches: list[Any], seen: list[Any]) -> set[int]:
+    """By how many tokens the layers in use have seen more than then."""
+    pairs = zip(_offsets(caches), seen, strict=True)
+    return {now - then for now, then in pairs if now and then}

@@ -8,24 +8,47 @@ being noticed: writing half of it, and loading it where it does not belong.
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import numpy.typing as npt
 from mlx.utils import tree_flatten
 from mlx_lm.models import cache as mlx_lm_cache
 
 from .cache import PolicyKVCache, register
 from .errors import CacheStateError
 from .layers import leaves
+from .lockstep import keep_together
 from .packed import Packed, arrays
 from .report import trace
 
-_MODEL = "tova_mlx_model"
-# Norms, biases and scales: enough to tell two models apart, soon read.
-_SMALL = 1 << 16
+_SUFFIX = ".safetensors"
+# Files of earlier versions have another one, which said less, under "tova_mlx_model".
+_FINGERPRINT = "tova_mlx_weights"
+# Words of 8 bytes in a row of `_sums`, so that two rows of sums stay in a core's
+# cache; and rows that are summed before the sums are read.
+_WORDS, _ROWS = 8192, 4096
+# Entries of all lists in a file: a million are those of thousands of layers.
+_LONGEST = 1 << 20
+
+
+def prompt_path(name: str | os.PathLike[str]) -> Path:
+    """The file that a prompt is saved to: for `~/talk` it is `…/talk.safetensors`.
+
+    Raises CacheStateError for what can name no file.
+    """
+    try:
+        path = Path(name).expanduser()
+        if path.suffix != _SUFFIX:
+            path = path.with_name(path.name + _SUFFIX)
+    except (RuntimeError, ValueError) as error:
+        raise CacheStateError(f"{name}: no name of a file ({error}).") from error
+    return path
 
 
 def save_prompt_cache(
@@ -34,29 +57,30 @@ def save_prompt_cache(
     *,
     model: nn.Module | None = None,
     metadata: dict[str, str] | None = None,
-) -> None:
+) -> Path:
     """Write the caches of a prompt to a `.safetensors` file, all of it or nothing.
 
-    model: the model that read the prompt; its fingerprint goes into the file.
+    model: the model that read the prompt; its fingerprint goes into the file. Returns
+    the file's path, see `prompt_path`.
 
     Raises CacheStateError if the file cannot be written; what was there stays.
     """
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        path = path.with_name(path.name + ".safetensors")
+    path = prompt_path(path)
     metadata = dict(metadata or {})
     if model is not None:
-        metadata[_MODEL] = fingerprint(model)
+        metadata[_FINGERPRINT] = fingerprint(model)
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tova_mlx-") as place:
-            written = Path(place) / path.name
+            # MLX does not write to every name that the system knows.
+            written = Path(place) / f"prompt{_SUFFIX}"
             mlx_lm_cache.save_prompt_cache(str(written), cache, metadata)
             os.replace(written, path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise CacheStateError(
             f"{path}: cannot save the prompt ({error}). Check the directory and the "
             "space on the disk."
         ) from error
+    return path
 
 
 def load_prompt_cache(
@@ -66,20 +90,18 @@ def load_prompt_cache(
 ) -> tuple[list[Any], dict[str, str]]:
     """The caches that a file holds, and its metadata.
 
+    path: as it was given to `save_prompt_cache`, or that of any file.
     model: what will go on with them; if given, the caches must be like the ones that
     it makes (`convert`) and, if the file has a fingerprint, be of this very model.
 
     Raises CacheStateError: the file is missing, cut off or no prompt, or does not fit.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CacheStateError(f"{path}: no such file. Check the name.")
+    path = _there(path)
     register()
     try:
-        caches, metadata = mlx_lm_cache.load_prompt_cache(
-            str(path), return_metadata=True
-        )
-        mx.eval([c.state for c in caches])
+        with ExitStack() as until_read:
+            caches, metadata = _read(_readable(path, until_read))
+            mx.eval([c.state for c in caches])
     except CacheStateError as error:
         raise CacheStateError(f"{path}: {error}") from error
     except Exception as error:
@@ -88,28 +110,102 @@ def load_prompt_cache(
         raise CacheStateError(
             f"{path}: not a whole saved prompt ({reason[0][:200]}). Save it again."
         ) from error
-    metadata = dict(metadata) if isinstance(metadata, dict) else {}
     if model is not None:
         _check_fits(path, caches, metadata, model)
+    keep_together(caches)
     return caches, metadata
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of the names, shapes and types of all parameters and of the small ones."""
+    """A hash of the names, shapes, types and numbers of all parameters.
+
+    Sees every change of one number and tells a model from its fine-tunes. It is no
+    protection from somebody who looks for two models with the same.
+    """
     digest = hashlib.sha256()
     named: Any = tree_flatten(model.parameters())
     for name, array in sorted(named, key=lambda pair: pair[0]):
-        digest.update(f"{name} {array.shape} {array.dtype}".encode())
-        if array.nbytes <= _SMALL:
-            digest.update(np.array(array.view(mx.uint8)).tobytes())
+        digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
+        # No copy, unless they are not in a row in memory.
+        raw = mx.contiguous(array.reshape(-1)).view(mx.uint8)
+        numbers = np.array(raw, copy=False)
+        whole = len(numbers) // (8 * _WORDS) * (8 * _WORDS)
+        rows = numbers[:whole].view(np.uint64).reshape(-1, _WORDS)
+        for start in range(0, len(rows), _ROWS):
+            digest.update(_sums(rows[start : start + _ROWS]).data)
+        digest.update(numbers[whole:].data)
     return digest.hexdigest()[:32]
+
+
+def _sums(rows: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Fletcher's two sums of every column, modulo 2^64: the second knows the order.
+
+    Several times as fast as sha256, and as reading a model.
+    """
+    sums = np.zeros((2, rows.shape[1]), np.uint64)
+    once, twice = sums
+    for row in rows:
+        np.add(once, row, out=once)
+        np.add(twice, once, out=twice)
+    return sums
+
+
+def _there(name: str | os.PathLike[str]) -> Path:
+    """The file of a prompt of this name. Raises CacheStateError."""
+    path = prompt_path(name)
+    if os.path.isfile(path):
+        return path
+    # Somebody may have named it otherwise.
+    given = Path(name).expanduser()
+    if os.path.isfile(given):
+        return given
+    raise CacheStateError(f"{path}: no such file. Check the name.")
+
+
+def _readable(path: Path, stack: ExitStack) -> str:
+    """A name of the file that MLX can read: it goes by what that ends with."""
+    if path.suffix == _SUFFIX and str(path).isprintable():
+        return str(path)
+    place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tova_mlx-")))
+    link = place / f"prompt{_SUFFIX}"
+    link.symlink_to(path.resolve())
+    return str(link)
+
+
+def _read(name: str) -> tuple[list[Any], dict[str, str]]:
+    """What mlx-lm reads, of a file that it can read. Raises anything."""
+    found: Any = mx.load(name, return_metadata=True)
+    for names in found:
+        _check_names(names)
+    loaded: Any = mlx_lm_cache.load_prompt_cache(name, return_metadata=True)
+    caches, metadata = loaded
+    kinds = sum(n.startswith("1.") for n in found[1])
+    layers = {n.split(".")[0] for n in found[0]}
+    if len(caches) != kinds or not layers <= {str(i) for i in range(kinds)}:
+        raise ValueError(f"not the arrays of {kinds} caches")
+    if not all(hasattr(c, "state") and hasattr(c, "empty") for c in caches):
+        raise ValueError("not all are caches")
+    return caches, dict(metadata) if isinstance(metadata, dict) else {}
+
+
+def _check_names(names: Iterable[str]) -> None:
+    """ValueError for names that mlx-lm would make lists far longer than them of."""
+    longest: dict[str, int] = {}
+    for name in names:
+        parts = name.split(".")
+        for i, part in enumerate(parts):
+            above = ".".join(parts[:i])
+            with suppress(ValueError):
+                longest[above] = max(longest.get(above, 0), int(part))
+    if sum(longest.values()) > _LONGEST:
+        raise ValueError("names of lists that are not there")
 
 
 def _check_fits(
     path: Path, caches: list[Any], metadata: dict[str, str], model: nn.Module
 ) -> None:
     name = type(model).__module__
-    if metadata.get(_MODEL) not in (None, fingerprint(model)):
+    if metadata.get(_FINGERPRINT) not in (None, fingerprint(model)):
         raise CacheStateError(
             f"{path}: saved with another model than this {name}. Load that model, or "
             "read the prompt again."
@@ -129,9 +225,15 @@ def _check_fits(
         for a, b in zip(leaves([ours]), leaves([given]), strict=True):
             if not b.empty() and (have := _rows(b)) != (want := _rows(a)):
                 raise CacheStateError(
-                    f"{path}: layer {layer} holds keys {have}, but {name} makes "
-                    f"{want}. Load the model that it was saved with."
+                    f"{path}: layer {layer} holds {have}, but {name} makes {want}. "
+                    "Load the model that it was saved with."
                 )
+    used = [c for c in leaves(caches) if isinstance(c, PolicyKVCache) and not c.empty()]
+    if len(seen := {c.offset for c in used}) > 1:
+        raise CacheStateError(
+            f"{path}: layers that have seen {sorted(seen)} tokens, so a forward was "
+            "interrupted before it was saved. Read the prompt again."
+        )
 
 
 def _what(cache: Any) -> str:
@@ -149,7 +251,12 @@ def _what(cache: Any) -> str:
 
 
 def _rows(cache: Any) -> str | None:
-    keys = getattr(cache, "keys", None)
-    if not isinstance(keys, (mx.array, Packed)):
-        return None
-    return f"{arrays(keys)[-1].dtype}, {keys.shape[1]} heads of {keys.shape[-1]}"
+    """What the keys and values of a token are."""
+    said = []
+    for name in ("keys", "values"):
+        rows = getattr(cache, name, None)
+        if not isinstance(rows, (mx.array, Packed)) or len(rows.shape) != 4:
+            return None
+        heads, width = rows.shape[1], rows.shape[-1]
+        said.append(f"{name} {arrays(rows)[-1].dtype}, {heads} heads of {width}")
+    return " and ".join(said)

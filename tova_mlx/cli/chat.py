@@ -1,7 +1,10 @@
 """tova-mlx chat: a conversation in constant memory."""
 
+import io
+import signal
 import sys
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -25,7 +28,7 @@ COMMANDS = """\
 /stats       what each layer holds
 /help        these lines
 /exit        leave (also Ctrl-D)
-Ctrl-C stops an answer."""
+Ctrl-C stops an answer, or the reading of a question; twice: at once."""
 
 
 @click.command(short_help="A conversation in constant memory")
@@ -42,6 +45,7 @@ def chat(**options: Any) -> None:
     Example: tova-mlx chat --max-kv-size 1024 --policy fade
     """
     check(options)
+    _accept_any_text()
     from .models import load
 
     model, tokenizer, path = load(options["model"])
@@ -65,25 +69,79 @@ def chat(**options: Any) -> None:
         sampler=make_sampler(options["temp"], options["top_p"]),
         prefill_step_size=options["prefill_step_size"],
     )
-    read = _reader(path, options)
-    while (line := read()) is not None:
-        words = line.split(maxsplit=1)
-        if not words:
-            continue
+    with _CtrlC.in_terminal() as ctrl_c:
+        read = _reader(path, options, ctrl_c)
+        while (line := read()) is not None:
+            words = line.split(maxsplit=1)
+            if not words:
+                continue
+            try:
+                if not words[0].startswith("/"):
+                    _answer(conversation, line, ctrl_c)
+                elif words[0] == "/exit":
+                    break
+                else:
+                    _command(conversation, *words)
+            except TovaError as error:
+                click.echo(error.line, err=True)
+
+
+class _CtrlC:
+    """What Ctrl-C does in a terminal: it never ends the chat.
+
+    While a question is answered the first one is only noted, since an exception in the
+    middle of a step leaves some layers a token ahead of others. The second raises
+    KeyboardInterrupt, and later ones do nothing, so that things are put in order.
+    In a pipe this is not in place, and Ctrl-C ends the program as any other.
+    """
+
+    def __init__(self, installed: bool):
+        self.installed = installed
+        self._pressed, self._raises_at = 0, 0
+
+    @classmethod
+    @contextmanager
+    def in_terminal(cls) -> "Iterator[_CtrlC]":
+        """In place while stdin is a terminal."""
+        ctrl_c = cls(sys.stdin.isatty())
+        if not ctrl_c.installed:
+            yield ctrl_c
+            return
+        before = signal.signal(signal.SIGINT, ctrl_c)
         try:
-            if not words[0].startswith("/"):
-                _answer(conversation, line)
-            elif words[0] == "/exit":
-                break
-            else:
-                _command(conversation, *words)
-        except TovaError as error:
-            click.echo(error.line, err=True)
+            yield ctrl_c
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def __call__(self, *_: Any) -> None:
+        self._pressed += 1
+        if self._pressed == self._raises_at:
+            raise KeyboardInterrupt
+
+    def raise_at(self, presses: int) -> None:
+        """Count from here on, and raise once, when as many came; 0: never."""
+        self._pressed, self._raises_at = 0, presses
+
+    def pressed(self) -> bool:
+        return self._pressed > 0
 
 
-def _reader(path: str, options: dict[str, Any]) -> Any:
+def _accept_any_text() -> None:
+    """Neither bytes that are no text nor text that cannot be shown end the chat."""
+    for stream, errors in (
+        (sys.stdin, "surrogateescape"),
+        (sys.stdout, "replace"),
+        (sys.stderr, "backslashreplace"),
+    ):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
+def _reader(
+    path: str, options: dict[str, Any], ctrl_c: _CtrlC
+) -> Callable[[], str | None]:
     """A function that gives the next line, None at the end."""
-    if not sys.stdin.isatty():
+    if not ctrl_c.installed:
         return _read_pipe
     from mlx_lm.cli_ui import corridor_input, make_console, print_header_panel
 
@@ -97,37 +155,62 @@ def _reader(path: str, options: dict[str, Any]) -> Any:
     def read() -> str | None:
         while True:
             try:
-                return corridor_input(console)
+                ctrl_c.raise_at(1)
+                line = corridor_input(console)
+                ctrl_c.raise_at(0)
             except EOFError:
                 return None
             except KeyboardInterrupt:
                 click.echo("Type /exit or Ctrl-D to leave.", err=True)
+            else:
+                return _text(line.encode("utf-8", errors="surrogateescape"))
 
     return read
 
 
 def _read_pipe() -> str | None:
     line = sys.stdin.buffer.readline()
-    if not line:
-        return None
-    # A line that is not UTF-8 must not end the conversation.
-    return line.decode("utf-8", errors="replace").rstrip("\r\n")
+    return _text(line).rstrip("\r\n") if line else None
 
 
-def _answer(conversation: "Conversation", question: str) -> None:
-    from ..chat import stopped_by_ctrl_c
+def _text(line: bytes) -> str:
+    """A line that is not UTF-8 must not end the conversation."""
+    return line.decode("utf-8", errors="replace")
 
+
+def _answer(conversation: "Conversation", question: str, ctrl_c: _CtrlC) -> None:
     last = None
-    with stopped_by_ctrl_c() as stopped:
+    try:
+        ctrl_c.raise_at(2)
         try:
-            for last in conversation.ask(question, stopped):
+            for last in conversation.ask(question, ctrl_c.pressed):
                 click.echo(last.text, nl=False)
-            if stopped():
+            if ctrl_c.pressed():
                 click.echo(" [stopped]", err=True, nl=False)
         finally:
+            ctrl_c.raise_at(0)
             click.echo()
-        speed = f"{last.generation_tps:.1f} tokens/s, " if last else ""
-        click.echo(f"  {speed}{_totals(conversation)}", err=True)
+    except KeyboardInterrupt:
+        if not ctrl_c.installed:
+            raise
+        click.echo(_interrupted(conversation, last), err=True)
+        return
+    speed = f"{last.generation_tps:.1f} tokens/s, " if last else ""
+    click.echo(f"  {speed}{_totals(conversation)}", err=True)
+
+
+def _interrupted(conversation: "Conversation", last: Any) -> str:
+    """What a second Ctrl-C came to; `last`: what was answered last."""
+    from ..chat import NOT_READ
+
+    if last is None:
+        return NOT_READ
+    if conversation.begun:
+        return f"Stopped. {_totals(conversation)}"
+    return (
+        "Stopped in the middle of a step, which cannot be taken back. The conversation "
+        "starts anew."
+    )
 
 
 def _command(conversation: "Conversation", name: str, argument: str = "") -> None:
@@ -137,8 +220,8 @@ def _command(conversation: "Conversation", name: str, argument: str = "") -> Non
     elif name in ("/save", "/load") and not argument.strip():
         click.echo(f"Error: {name} needs a FILE.", err=True)
     elif name == "/save":
-        conversation.save(argument.strip())
-        click.echo(f"Saved to {argument.strip()}.", err=True)
+        path = conversation.save(argument.strip())
+        click.echo(f"Saved to {path.absolute()}.", err=True)
     elif name == "/load":
         conversation.load(argument.strip())
         click.echo(f"Loaded: {_totals(conversation)}", err=True)

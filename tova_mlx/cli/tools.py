@@ -1,27 +1,46 @@
 """Runs mlx-lm's own command-line tools, every model they load converted."""
 
 import importlib
+import json
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
 
-from ..errors import EvaluationError, UnsupportedModelError
+from ..errors import EvaluationError, OptionError, TovaError, UnsupportedModelError
 from .models import directory, load_with
 from .options import cache_arguments
 
 TOOLS = ("cache_prompt", "chat", "evaluate", "generate")
+# Those that have a parser to ask what they were told.
+_PARSED = ("cache_prompt", "chat", "generate")
 
 
-def run_tool(tool: str, arguments: Sequence[str], options: dict[str, Any]) -> None:
-    """Run `mlx_lm.<tool>` with its own arguments and our cache options."""
+def run_tool(
+    tool: str,
+    arguments: Sequence[str],
+    options: dict[str, Any],
+    *,
+    num_draft_tokens: int = 0,
+) -> None:
+    """Run `mlx_lm.<tool>` with its own arguments and our cache options.
+
+    num_draft_tokens: how many tokens will be drafted at most, where `arguments` do not
+    say it.
+    """
     from ..blas import load_openblas
 
     load_openblas()
     import mlx.core as mx
 
+    from ..cache import JOURNAL
     from ..conversion import convert
+    from .prompts import PromptFile, check_place
 
     if mx.distributed.init().size() > 1:
         raise UnsupportedModelError(
@@ -30,26 +49,84 @@ def run_tool(tool: str, arguments: Sequence[str], options: dict[str, Any]) -> No
         )
     module = _module(tool)
     loader: Callable[..., Any] = module.load
+    with replaced(sys, argv=[f"mlx_lm.{tool}", *arguments]), _explained(tool):
+        parsed = tool in _PARSED
+        given: Any = module.setup_arg_parser().parse_args() if parsed else None
+        if getattr(given, "draft_model", None) is not None:
+            num_draft_tokens = given.num_draft_tokens
+        if num_draft_tokens < 0:
+            raise click.UsageError(f"--num-draft-tokens {num_draft_tokens} is below 0.")
+        if tool == "cache_prompt":
+            check_place(given.prompt_cache_file)
+        # A server drops models that it loaded, and has no such files.
+        prompt = PromptFile(options, given.model, num_draft_tokens) if parsed else None
+        # Rejected drafts are taken back, whatever they evicted.
+        how = {"journal": max(JOURNAL, num_draft_tokens), **cache_arguments(options)}
 
-    def load(name: str, *arguments: Any, **keywords: Any) -> Any:
-        loaded = load_with(loader, directory(name), *arguments, **keywords)
-        report = convert(loaded[0], **cache_arguments(options))
-        click.echo(f"{name}: {_bound(report.totals, options)}", err=True)
-        return loaded
+        def load(name: str, *arguments: Any, **keywords: Any) -> Any:
+            loaded = load_with(loader, directory(name), *arguments, **keywords)
+            bound = partial(convert, loaded[0], **how)
+            report = prompt.fit(loaded[0], bound) if prompt else bound()
+            click.echo(f"{name}: {_bound(report.totals, options)}", err=True)
+            return loaded
 
-    before = sys.argv
-    module.load = load
-    sys.argv = [f"mlx_lm.{tool}", *arguments]
+        functions: dict[str, Any] = {"load": load}
+        if prompt:
+            functions |= {
+                "load_prompt_cache": prompt.load,
+                "save_prompt_cache": prompt.save,
+            }
+        with replaced(module, **functions):
+            module.main()
+
+
+@contextmanager
+def replaced(place: Any, **attributes: Any) -> Iterator[None]:
+    """Give an object other attributes for a while; those that it lacks are left out."""
+    before = {name: getattr(place, name) for name in attributes if hasattr(place, name)}
+    for name in before:
+        setattr(place, name, attributes[name])
     try:
-        module.main()
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(place, name, value)
+
+
+@contextmanager
+def _explained(tool: str) -> Iterator[None]:
+    """Turn what a tool raises because of its user into one line.
+
+    Raises EvaluationError, OptionError; everything else stays what it is.
+    """
+    try:
+        yield
+    except EOFError:
+        # The end of the questions; only the letter q would do otherwise.
+        if tool != "chat":
+            raise
     except KeyError as error:
         if "not a registered task" not in str(error):
             raise
         raise EvaluationError(
             f"lm-eval: {error.args[0]}. `lm-eval ls tasks` names its tasks."
         ) from error
-    finally:
-        module.load, sys.argv = loader, before
+    except (ValueError, FileNotFoundError) as error:
+        if isinstance(error, TovaError) or not _is_users(error):
+            raise
+        is_json = isinstance(error, json.JSONDecodeError)
+        reason = f"not JSON ({error})" if is_json else error
+        raise OptionError(f"mlx_lm.{tool}: {reason}") from error
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether mlx-lm raised it itself, or a value or file that it was given did."""
+    import mlx_lm
+
+    if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError, FileNotFoundError)):
+        return True
+    place = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return place.parent == Path(mlx_lm.__file__).parent
 
 
 def _module(tool: str) -> Any:
