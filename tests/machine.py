@@ -186,10 +186,11 @@ class Checks:
                 if wrong == len(steps) and oracle.positions()[c] == positions[c]:
                     continue
                 near = [
-                    {**forced, (first + i, c): victim}
+                    {**forced, (first + i, c, n): victim}
                     for i in reversed(range(wrong))
-                    for victim in steps[i].near.get(c, [])
-                    if (first + i, c) not in forced
+                    for (chooser, n), victims in steps[i].near.items()
+                    for victim in victims
+                    if chooser == c and (first + i, c, n) not in forced
                 ]
                 return near, (
                     f"step {wrong} of {len(steps)}, {apart.max():.1e} apart, positions "

@@ -35,7 +35,8 @@ class Step:
 
     output: np.ndarray
     seen: list[list[int]]
-    near: dict[int, list[int]] = field(default_factory=dict)
+    # By chooser and tokens held then: "once" evicts several at a step.
+    near: dict[tuple[int, int], list[int]] = field(default_factory=dict)
 
 
 class Layer:
@@ -70,7 +71,8 @@ class Layer:
         """Read one chunk; a `Step` for each token.
 
         queries: per token [n_heads, D]; bias(query, key): added to the logit, of uids.
-        forced: {(position, chooser): the victim} where the rule is to be told.
+        forced: {(position, chooser, tokens held): the victim} where the rule is to be
+        told.
         """
         steps = [
             self._step(q, token, bias, forced or {}, evict=not self.once)
@@ -145,8 +147,8 @@ class Layer:
             h.position for h, s in zip(free, scores, strict=True) if s - low < slack
         ]
         if self.rule["reads_attention"] or self.rule["reads_keys"]:
-            step.near[c] = [p for p in near if p != first]
-        victim = forced.get((newest, c), first)
+            step.near[c, len(held)] = [p for p in near if p != first]
+        victim = forced.get((newest, c, len(held)), first)
         held[:] = [h for h in held if h.position != victim]
 
     def _unlikeness(self, c, held, free):

@@ -313,6 +313,24 @@ def test_who_is_protected_must_be_held(model, policy, options, out, message):
         TOVACache.from_state(tuple(state))
 
 
+@pytest.mark.parametrize("policy", ["tova", "streaming"])
+@pytest.mark.parametrize("dead", ["twice", "never", "later", "missing"])
+def test_the_dead_slot_holds_who_left_at_the_last_step(model, policy, dead):
+    # It would come back if that step were taken back.
+    state = [*read(model, policy=policy)[0].state]
+    slots, victim = np.array(state[2]), state[5].item()
+    assert 21 in slots
+    if dead == "missing":
+        # A token more than the newest of all slots.
+        state[6] += 1
+    else:
+        twice = slots[0, 0, victim - 1]
+        slots[0, 0, victim] = {"twice": twice, "never": -1, "later": 22}[dead]
+    state[2] = mx.array(slots)
+    with pytest.raises(CacheStateError, match=f"positions that {policy}"):
+        TOVACache.from_state(tuple(state))
+
+
 @pytest.mark.parametrize("name", ["scores", "norms"])
 def test_what_a_policy_does_not_keep_is_refused(model, name):
     state = dict(zip(NAMES, read(model)[0].state, strict=True))
