@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -21,6 +22,7 @@ from mlx_lm.models.cache import KVCache
 import tova_mlx.chat
 from tova_mlx import convert, revert
 from tova_mlx.chat import Conversation
+from tova_mlx.cli.chat import _CtrlC
 from tova_mlx.errors import CacheStateError, PromptError
 
 pytestmark = pytest.mark.real_model
@@ -612,6 +614,8 @@ def test_ctrl_c_ends_a_pipe(demo_path):
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # A job in the background of a shell inherits that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     chat.stdin.write(f"{COUNT}\n{COUNT}\n".encode())
     chat.stdin.flush()
@@ -621,6 +625,19 @@ def test_ctrl_c_ends_a_pipe(demo_path):
     assert chat.returncode == 130
     assert said.decode().endswith("Interrupted.\n")
     assert "Traceback" not in said.decode()
+
+
+@pytest.mark.parametrize("presses", [0, 1, 2])
+def test_ctrl_c_raises_once_and_then_no_more(presses):
+    # What the first exception puts in order must not be broken off by a second.
+    ctrl_c = _CtrlC(installed=True)
+    for _ in range(2):
+        ctrl_c.raise_at(presses)
+        assert not ctrl_c.pressed()
+        for n in range(1, 6):
+            with pytest.raises(KeyboardInterrupt) if n == presses else nullcontext():
+                ctrl_c()
+            assert ctrl_c.pressed()
 
 
 def test_ctrl_c_never_ends_a_terminal_session(demo_path, tmp_path):
@@ -663,7 +680,8 @@ def test_ctrl_c_never_ends_a_terminal_session(demo_path, tmp_path):
         for _ in range(presses):
             chat.sendintr()
             time.sleep(0.01)
-        chat.expect([r"\[stopped\]", "Stopped"])
+        # The first one waits for the end of a step, the second does not.
+        chat.expect([r"\[stopped\]", "Stopped"] if presses > 1 else r"\[stopped\]")
         chat.expect(answered)
     # And at the prompt.
     for _ in range(3):
