@@ -657,13 +657,14 @@ def test_ctrl_c_never_ends_a_terminal_session(demo_path, tmp_path):
     chat.expect("Paris")
     chat.expect(answered)
     seen = chat.match.group(1)
-    # Once, twice, and more often: at the next chunk, or within one.
+    # Once, twice, and more often: at the next chunk, or within one. As signals, since
+    # a terminal drops what it has not shown yet with every Ctrl-C.
     for presses in (1, 2, 3, 7):
         chat.expect(ready)
         chat.sendline("why " * 350)
         time.sleep(0.5)
         for _ in range(presses):
-            chat.sendintr()
+            chat.kill(signal.SIGINT)
             time.sleep(0.01)
         chat.expect(stopped)
         chat.expect(ready)
@@ -678,7 +679,7 @@ def test_ctrl_c_never_ends_a_terminal_session(demo_path, tmp_path):
         chat.sendline("Tell me a long story about a whale.")
         chat.expect(["once", "Once", "whale.*whale"])
         for _ in range(presses):
-            chat.sendintr()
+            chat.kill(signal.SIGINT)
             time.sleep(0.01)
         # The first one waits for the end of a step, the second does not.
         chat.expect([r"\[stopped\]", "Stopped"] if presses > 1 else r"\[stopped\]")
@@ -686,7 +687,7 @@ def test_ctrl_c_never_ends_a_terminal_session(demo_path, tmp_path):
     # And at the prompt.
     for _ in range(3):
         chat.expect(ready)
-        chat.sendintr()
+        chat.kill(signal.SIGINT)
         chat.expect("Type /exit or Ctrl-D to leave")
     chat.expect(ready)
     chat.sendline(QUESTION)

@@ -50,7 +50,11 @@ class PolicyKVCache:
 
     Per step the new token is stored, its query attends to everything held, and then,
     if `max_size + 1` tokens are held, the policy's victim leaves. Feeding a text in
-    chunks of any size keeps the same tokens (`prefill="stepwise"`).
+    chunks of any size keeps the same tokens (`prefill="stepwise"`), up to scores that
+    are equal but for rounding; quantised rows round in every layer.
+
+    A forward that fails leaves the cache as it was before it, or with an update that
+    nobody attended to: then every use says so until `trim` takes it back.
 
     Args:
         max_size: tokens kept (the paper's multi-state size), at least 1. The policy
