@@ -651,48 +651,62 @@ def test_ctrl_c_never_ends_a_terminal_session(demo_path, tmp_path):
     )
     ready, answered = "›", r"(\d+) tokens seen, (\d+) held, cache [\d,]+ bytes"
     stopped = "Stopped before the question was read to its end; the conversation is as"
+
+    def ask(question):
+        """Wait until it is read: Ctrl-C before that would only clear the line."""
+        chat.sendline(f"{question} Why, tell me?")
+        chat.expect(r"tell me\?")
+        time.sleep(0.3)
+
+    def press(times):
+        # A signal: a terminal drops what it has not shown yet with every Ctrl-C.
+        for _ in range(times):
+            chat.kill(signal.SIGINT)
+            time.sleep(0.01)
+
+    def be_at_prompt():
+        # Readline sees a signal that comes as the prompt does with the next line only,
+        # which is lost then.
+        chat.sendline("")
+        time.sleep(0.3)
+        chat.sendline("/help")
+        chat.expect("Ctrl-C stops")
+        chat.expect(ready)
+        time.sleep(0.3)
+
     chat.expect("commands.*/help")
     chat.expect(ready)
     chat.sendline(QUESTION)
     chat.expect("Paris")
     chat.expect(answered)
     seen = chat.match.group(1)
-    # Once, twice, and more often: at the next chunk, or within one. As signals, since
-    # a terminal drops what it has not shown yet with every Ctrl-C.
+    be_at_prompt()
+    # Once, twice, and more often: at the next chunk, or within one.
     for presses in (1, 2, 3, 7):
-        chat.expect(ready)
-        chat.sendline("why " * 350)
-        time.sleep(0.5)
-        for _ in range(presses):
-            chat.kill(signal.SIGINT)
-            time.sleep(0.01)
+        ask("why " * 350)
+        press(presses)
         chat.expect(stopped)
-        chat.expect(ready)
+        be_at_prompt()
         chat.sendline("/save talk")
         chat.expect("Saved to")
-        chat.expect(ready)
         chat.sendline("/load talk")
         chat.expect(f"Loaded: {seen} tokens seen")
-    # While an answer is given.
+        be_at_prompt()
     for presses in (1, 2, 5):
-        chat.expect(ready)
-        chat.sendline("Tell me a long story about a whale.")
-        chat.expect(["once", "Once", "whale.*whale"])
-        for _ in range(presses):
-            chat.kill(signal.SIGINT)
-            time.sleep(0.01)
+        ask("Tell me a long story about a whale.")
+        chat.expect("whale")
+        press(presses)
         # The first one waits for the end of a step, the second does not.
         chat.expect([r"\[stopped\]", "Stopped"] if presses > 1 else r"\[stopped\]")
         chat.expect(answered)
-    # And at the prompt.
+        be_at_prompt()
     for _ in range(3):
-        chat.expect(ready)
-        chat.kill(signal.SIGINT)
+        press(1)
         chat.expect("Type /exit or Ctrl-D to leave")
-    chat.expect(ready)
+        be_at_prompt()
     chat.sendline(QUESTION)
     chat.expect(answered)
-    chat.expect(ready)
+    be_at_prompt()
     chat.sendeof()
     chat.expect(pexpect.EOF)
     chat.close()
