@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from tova_mlx.blas import load_openblas
+from tova_mlx.hooks.blas import load_openblas
 
 load_openblas()
 

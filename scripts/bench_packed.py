@@ -13,7 +13,7 @@ import statistics
 import time
 from pathlib import Path
 
-from tova_mlx.blas import load_openblas
+from tova_mlx.hooks.blas import load_openblas
 
 load_openblas()
 

@@ -43,7 +43,7 @@ TIMED_LIMIT, TIMED_READ, TIMED_DECODED = 512, 1024, 24
 
 def work() -> None:
     """In a checkout's process: answer each line of standard input with one."""
-    for name in ("tova_mlx.hooks.blas", "tova_mlx.blas"):
+    for name in ("tova_mlx.hooks.blas", "tova_mlx.hooks.blas"):
         try:
             importlib.import_module(name).load_openblas()
             break

@@ -192,7 +192,13 @@ BUGS = [
     ),
     Bug(
         "layers that are behind give back as many tokens",
-        [Edit("trimming.py", "(c, max(0, num_tokens - behind(c)))", "(c, num_tokens)")],
+        [
+            Edit(
+                "hooks/trimming.py",
+                "(c, max(0, num_tokens - behind(c)))",
+                "(c, num_tokens)",
+            )
+        ],
     ),
     Bug(
         "layers do not notice that they are not in step",

@@ -73,7 +73,7 @@ def _names(names: list[str]) -> str:
 
 
 def _run() -> Outcomes:
-    from tova_mlx.blas import load_openblas
+    from tova_mlx.hooks.blas import load_openblas
 
     load_openblas()
     sys.path.insert(0, str(ROOT / "tests"))

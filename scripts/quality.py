@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tova_mlx.blas import load_openblas
+from tova_mlx.hooks.blas import load_openblas
 
 load_openblas()
 

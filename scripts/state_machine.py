@@ -36,7 +36,7 @@ MARK = "COUNTS "
 def work(kind: str, sequences: int, seed: int, shrink: bool) -> int:
     """In a process of its own: one chunk. Prints the counts; 1 if it failed."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from tova_mlx.blas import load_openblas
+    from tova_mlx.hooks.blas import load_openblas
 
     load_openblas()
     import hypothesis

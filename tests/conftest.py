@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tova_mlx.blas import load_openblas
+from tova_mlx.hooks.blas import load_openblas
 
 # Workers of pytest-xdist, and what they start, share the cores among them.
 if "PYTEST_XDIST_WORKER" in os.environ:

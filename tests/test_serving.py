@@ -19,8 +19,8 @@ from mlx_lm.models.cache import (
 
 from tova_mlx import convert
 from tova_mlx.errors import UnsupportedModelError
-from tova_mlx.layers import leaves
-from tova_mlx.serving import PromptStore, Provider, check_draft
+from tova_mlx.hooks.layers import leaves
+from tova_mlx.hooks.server import PromptStore, Provider, check_draft
 
 PROMPT = tiny.tokens(30).tolist()[0]
 NEXT = [7, 3, 11]

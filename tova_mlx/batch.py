@@ -18,7 +18,7 @@ import numpy as np
 from .cache import PolicyKVCache
 from .errors import CacheStateError
 from .evicting import attend_and_evict, evict_unseen
-from .layers import total
+from .hooks.layers import total
 from .newest import attend_newest
 from .packed import Rows, Storage, around, each, join, to_mlx
 from .policies import Rule

@@ -14,11 +14,12 @@ import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.base import create_causal_mask
 
-from . import attention, trimming
 from .block import attend_again
 from .errors import CacheStateError
 from .evicting import attend_and_evict, attend_and_keep, evict_oldest, evict_unseen
 from .eviction import window_mask
+from .hooks import dispatcher as attention
+from .hooks import trimming
 from .lockstep import Lockstep
 from .newest import attend_newest, plain_attention
 from .packed import Rows, Storage, storage, to_mlx

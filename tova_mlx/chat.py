@@ -16,9 +16,9 @@ from mlx_lm import stream_generate
 from mlx_lm.models.cache import make_prompt_cache
 
 from .errors import CacheStateError, PromptError, TovaError
-from .layers import leaves
+from .hooks.layers import leaves
+from .hooks.trimming import trim_prompt_cache
 from .saved import load_prompt_cache, save_prompt_cache
-from .trimming import trim_prompt_cache
 
 NOT_READ = (
     "Stopped before the question was read to its end; the conversation is as before it."

@@ -12,10 +12,10 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 
-from . import attention
 from .cache import JOURNAL, PolicyKVCache, TOVACache
 from .errors import TovaError, UnsupportedModelError
-from .layers import leaves
+from .hooks import dispatcher as attention
+from .hooks.layers import leaves
 from .lockstep import keep_together
 from .policies import Rule, settle
 from .refusals import unseen

@@ -9,7 +9,7 @@ from typing import Any
 from weakref import ReferenceType, ref
 
 from .errors import CacheStateError
-from .layers import leaves
+from .hooks.layers import leaves
 
 
 class Lockstep:

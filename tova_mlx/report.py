@@ -9,7 +9,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from .batch import BatchPolicyKVCache
 from .cache import PolicyKVCache
-from .layers import leaves, total
+from .hooks.layers import leaves, total
 
 OURS = (PolicyKVCache, BatchPolicyKVCache)
 

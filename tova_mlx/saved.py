@@ -22,7 +22,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from .cache import PolicyKVCache, register
 from .errors import CacheStateError
-from .layers import leaves
+from .hooks.layers import leaves
 from .lockstep import keep_together
 from .packed import Packed, arrays
 from .report import trace

@@ -46,7 +46,7 @@ def load(model: str | None) -> tuple[Any, Any, str]:
 
     Raises ModelLoadError.
     """
-    from ..blas import load_openblas
+    from ..hooks.blas import load_openblas
 
     load_openblas()
     from mlx_lm import load as mlx_lm_load

@@ -11,8 +11,8 @@ from mlx_lm.models import cache as mlx_lm_cache
 from .. import saved
 from ..cache import PolicyKVCache
 from ..errors import CacheStateError, ModelLoadError
-from ..layers import leaves
-from ..serving import check_draft
+from ..hooks.layers import leaves
+from ..hooks.server import check_draft
 from .models import resolve
 
 _UNBOUNDED = (mlx_lm_cache.KVCache, mlx_lm_cache.QuantizedKVCache)

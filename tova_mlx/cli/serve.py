@@ -54,7 +54,7 @@ def serve(
     from mlx_lm import server
 
     from ..cache import JOURNAL
-    from ..serving import Listener, PromptStore, Provider, request_handler
+    from ..hooks.server import Listener, PromptStore, Provider, request_handler
 
     _make_hub_cache()
     unlimited = options["policy"] == "full"

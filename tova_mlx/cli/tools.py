@@ -33,7 +33,7 @@ def run_tool(
     num_draft_tokens: how many tokens will be drafted at most, where `arguments` do not
     say it.
     """
-    from ..blas import load_openblas
+    from ..hooks.blas import load_openblas
 
     load_openblas()
     import mlx.core as mx

@@ -31,7 +31,7 @@ from mlx_lm.models.cache import CacheList
 
 from ..cache import PolicyKVCache
 from ..errors import EvaluationError
-from ..layers import leaves
+from ..hooks.layers import leaves
 from ..packed import Storage, gather
 from ..policies import POLICIES, Rule
 from ..slots import Slots

@@ -10,7 +10,7 @@ from typing import Any
 from mlx_lm import server
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 
-from .errors import UnsupportedModelError
+from ..errors import UnsupportedModelError
 from .layers import leaves
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_lm.models import cache as mlx_lm_cache
 
-from .errors import CacheStateError
+from ..errors import CacheStateError
 from .layers import leaves
 
 _GENERATE = "mlx_lm.generate"
