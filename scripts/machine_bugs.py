@@ -31,7 +31,7 @@ BUGS = [
         [
             Edit("cache.py", "        if not n:\n            return 0\n", ""),
             Edit(
-                "slots.py",
+                "storage/slots.py",
                 "        if n <= 0:\n            return\n        to",
                 "        to",
             ),
@@ -41,7 +41,7 @@ BUGS = [
         "all taken back, no scores, and the kernel reads past them (defect 5)",
         [
             Edit(
-                "slots.py",
+                "storage/slots.py",
                 "            self.clear(self.journal.length)\n            return\n",
                 "            self.offset, self.victim = 0, None\n"
                 "            self.positions = self.scores = None\n"
@@ -103,7 +103,7 @@ BUGS = [
         "a new token has the score of the slot's last one",
         [
             Edit(
-                "slots.py",
+                "storage/slots.py",
                 "if self.scores is not None and self.victim is not None:",
                 "if False:",
             )
@@ -113,7 +113,7 @@ BUGS = [
         "norms stay in the order of the slots when a block comes",
         [
             Edit(
-                "slots.py",
+                "storage/slots.py",
                 "[self._held(self.norms, order), norms]",
                 "[self.first(self.norms, self.size()), norms]",
             )
@@ -121,13 +121,13 @@ BUGS = [
     ),
     Bug(
         "the journal keeps a step that was taken back",
-        [Edit("journal.py", "if g.step < step)", "if g.step <= step)")],
+        [Edit("storage/journal.py", "if g.step < step)", "if g.step <= step)")],
     ),
     Bug(
         "one token more than the journal holds may be taken back",
         [
             Edit(
-                "slots.py",
+                "storage/slots.py",
                 "return evictions <= at_hand",
                 "return evictions <= at_hand + 1",
             )
@@ -137,7 +137,7 @@ BUGS = [
         "scores in the journal are taken for ordered",
         [
             Edit(
-                "slots.py",
+                "storage/slots.py",
                 "self.scores, self.positions, self.victim)",
                 "self.scores)",
             )
@@ -145,14 +145,20 @@ BUGS = [
     ),
     Bug(
         "a row that is just full writes into a victim's slot",
-        [Edit("stack.py", "mx.array([o > limit for", "mx.array([o >= limit for")],
+        [
+            Edit(
+                "storage/stack.py",
+                "mx.array([o > limit for",
+                "mx.array([o >= limit for",
+            )
+        ],
         (BATCH, CACHE),
     ),
     Bug(
         "a batch's new token has the score of the slot's last one",
         [
             Edit(
-                "stack.py",
+                "storage/stack.py",
                 "put(self.scores, mx.zeros(slot.shape), slot)",
                 "self.scores",
             )
@@ -226,11 +232,11 @@ BUGS = [
         "scores are not saved",
         [
             Edit(
-                "state.py",
+                "storage/state.py",
                 "slots.positions, slots.scores, slots.norms, slots.victim = others",
                 "slots.positions, _, slots.norms, slots.victim = others",
             ),
-            Edit("state.py", "        _check(slots)\n    except", "    except"),
+            Edit("storage/state.py", "        _check(slots)\n    except", "    except"),
         ],
     ),
     Bug(

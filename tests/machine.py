@@ -39,7 +39,7 @@ from tova_mlx import load_prompt_cache as our_load
 from tova_mlx import save_prompt_cache as our_save
 from tova_mlx.errors import CacheStateError, TovaError
 from tova_mlx.lockstep import keep_together
-from tova_mlx.slots import Slots
+from tova_mlx.storage.slots import Slots
 
 SCALE = 0.4
 CLOSE = 2e-4

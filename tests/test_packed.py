@@ -20,7 +20,7 @@ from tova_mlx import (
     save_prompt_cache,
 )
 from tova_mlx.errors import CacheStateError, OptionError, UnsupportedModelError
-from tova_mlx.packed import Packed, Storage, arrays, product
+from tova_mlx.storage.packed import Packed, Storage, arrays, product
 
 BITS = [8, (8, 4), 4]
 LIMIT = 12

@@ -20,12 +20,12 @@ from .errors import CacheStateError
 from .evicting import attend_and_evict, evict_unseen
 from .hooks.layers import total
 from .newest import attend_newest
-from .packed import Rows, Storage, around, each, join, to_mlx
 from .policies import Rule
 from .refusals import attended_again, check_values, unattended
 from .sharing import Given
-from .slots import held
-from .stack import Stack, step_mask
+from .storage.packed import Rows, Storage, around, each, join, to_mlx
+from .storage.slots import held
+from .storage.stack import Stack, step_mask
 
 # The part of a chunk that is a row's own: from, to.
 Span = tuple[int, int]

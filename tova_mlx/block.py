@@ -13,9 +13,9 @@ import mlx.core as mx
 from .eviction import cut_once, scan_block, scan_keys
 from .logits import masked_logits
 from .newest import BLOCK, plain_attention
-from .packed import Rows, gather
 from .policies import Rule
-from .slots import Slots, held, numbered
+from .storage.packed import Rows, gather
+from .storage.slots import Slots, held, numbered
 
 
 class BlockResult(NamedTuple):

@@ -22,7 +22,6 @@ from .hooks import dispatcher as attention
 from .hooks import trimming
 from .lockstep import Lockstep
 from .newest import attend_newest, plain_attention
-from .packed import Rows, Storage, storage, to_mlx
 from .policies import Granularity, Rule, settle
 from .refusals import (
     attended_again,
@@ -33,8 +32,9 @@ from .refusals import (
     windowed,
 )
 from .sharing import Given
-from .slots import Slots
-from .state import pack, unpack
+from .storage.packed import Rows, Storage, storage, to_mlx
+from .storage.slots import Slots
+from .storage.state import pack, unpack
 
 JOURNAL = 16
 

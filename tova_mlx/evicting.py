@@ -19,12 +19,12 @@ from .eviction import (
     step_on_gpu,
     window_columns,
 )
-from .journal import Scores
 from .logits import masked_logits
 from .newest import attend_newest, plain_attention
-from .packed import Rows, to_mlx
-from .slots import Slots, numbered
-from .stack import Stack
+from .storage.journal import Scores
+from .storage.packed import Rows, to_mlx
+from .storage.slots import Slots, numbered
+from .storage.stack import Stack
 
 
 def evict_unseen(slots: Slots | Stack) -> None:

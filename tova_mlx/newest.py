@@ -5,7 +5,7 @@ from typing import Any
 import mlx.core as mx
 
 from .logits import masked_logits
-from .packed import Packed, Rows, product
+from .storage.packed import Packed, Rows, product
 
 # Rows of logits at once, where they are written out.
 BLOCK = 256

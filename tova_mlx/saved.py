@@ -24,8 +24,8 @@ from .cache import PolicyKVCache, register
 from .errors import CacheStateError
 from .hooks.layers import leaves
 from .lockstep import keep_together
-from .packed import Packed, arrays
 from .report import trace
+from .storage.packed import Packed, arrays
 
 _SUFFIX = ".safetensors"
 # Files of earlier versions have another one, which said less, under "tova_mlx_model".

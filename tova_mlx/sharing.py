@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 import mlx.core as mx
 
 from .newest import plain_attention
-from .packed import Rows
+from .storage.packed import Rows
 
 
 class Given:

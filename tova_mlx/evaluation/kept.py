@@ -32,9 +32,9 @@ from mlx_lm.models.cache import CacheList
 from ..cache import PolicyKVCache
 from ..errors import EvaluationError
 from ..hooks.layers import leaves
-from ..packed import Storage, gather
 from ..policies import POLICIES, Rule
-from ..slots import Slots
+from ..storage.packed import Storage, gather
+from ..storage.slots import Slots
 from .kinds import ENOUGH, KINDS
 from .plots import new_figure, save, style
 from .reading import Progress, new_cache, read

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..packed import Rows, unpacked
 from ..policies import Rule
+from ..storage.packed import Rows, unpacked
 from .scan import ScanResult
 from .step import choose_victim
 

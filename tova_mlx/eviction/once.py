@@ -3,8 +3,8 @@
 import mlx.core as mx
 import numpy as np
 
-from ..packed import to_mlx
 from ..policies import Rule
+from ..storage.packed import to_mlx
 from .scan import ScanResult
 
 

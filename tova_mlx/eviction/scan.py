@@ -13,8 +13,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from ..packed import to_mlx
 from ..policies import Rule
+from ..storage.packed import to_mlx
 
 Floats = npt.NDArray[np.float32]
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from .errors import OptionError
+from ..errors import OptionError
 
 # On the CPU MLX's quantised product takes 12 to 20 times as long as unpacking and a
 # plain product, unless it is of very few rows; then slots are unpacked in tiles.

@@ -10,9 +10,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..policies import Rule
 from .journal import Gone, Journal, Scores
 from .packed import Rows, Storage, arrays, each, gather, join, nbytes, put
-from .policies import Rule
 
 _LAST = 2**31 - 1
 _STEP = 256

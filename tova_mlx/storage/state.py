@@ -9,11 +9,11 @@ from typing import Any, TypeGuard
 import mlx.core as mx
 import numpy as np
 
-from .errors import CacheStateError
+from ..errors import CacheStateError
+from ..policies import POLICIES, Rule, settle
+from ..refusals import check_options
 from .packed import Packed, Rows, Storage, storage
 from .packed import arrays as arrays_of
-from .policies import POLICIES, Rule, settle
-from .refusals import check_options
 from .slots import Slots
 
 _VERSION = 1
