@@ -24,7 +24,7 @@ import numpy as np  # noqa: E402
 from common import provenance  # noqa: E402
 from mlx_lm import load  # noqa: E402
 
-import tova_mlx.block  # noqa: E402
+import tova_mlx.attention.block  # noqa: E402
 import tova_mlx.eviction.step  # noqa: E402
 from tova_mlx import POLICIES, make_prompt_cache  # noqa: E402
 from tova_mlx.demo import demo_model_path  # noqa: E402
@@ -38,16 +38,16 @@ class Evictions:
     def __init__(self):
         self.victims, self.gaps = [], []
         self._choose = tova_mlx.eviction.step.choose_victim
-        self._scan = tova_mlx.block.scan_block
+        self._scan = tova_mlx.attention.block.scan_block
 
     def __enter__(self):
         tova_mlx.eviction.step.choose_victim = self._chosen
-        tova_mlx.block.scan_block = self._scanned
+        tova_mlx.attention.block.scan_block = self._scanned
         return self
 
     def __exit__(self, *_):
         tova_mlx.eviction.step.choose_victim = self._choose
-        tova_mlx.block.scan_block = self._scan
+        tova_mlx.attention.block.scan_block = self._scan
 
     def _chosen(self, positions, scores, newest, rule):
         victim = self._choose(positions, scores, newest, rule)

@@ -97,7 +97,7 @@ BUGS = [
     ),
     Bug(
         "a token is not seen by the row after which it goes",
-        [Edit("block.py", "& (last >= row)", "& (last > row)")],
+        [Edit("attention/block.py", "& (last >= row)", "& (last > row)")],
     ),
     Bug(
         "a new token has the score of the slot's last one",
@@ -222,7 +222,7 @@ BUGS = [
         "what the oldest tokens were is not noted in a block",
         [
             Edit(
-                "evicting.py",
+                "attention/evicting.py",
                 "    slots.note_gone(to_mlx(np.broadcast_to(gone",
                 "    (to_mlx(np.broadcast_to(gone",
             )

@@ -12,8 +12,8 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models import cache as mlx_lm_cache
 
 from tova_mlx import POLICIES, PolicyKVCache, TOVACache, attention, make_prompt_cache
+from tova_mlx.attention.sharing import given_with
 from tova_mlx.errors import CacheStateError, OptionError, UnsupportedModelError
-from tova_mlx.sharing import given_with
 
 READING = [p for p in POLICIES if POLICIES[p].reads_attention]
 CASES = [(p, {}) for p in POLICIES if p not in READING] + [
@@ -150,7 +150,7 @@ def test_half_precision_runs_and_keeps_its_type(policy, dtype):
 @pytest.mark.parametrize("kind", ["bool", "additive"])
 @pytest.mark.parametrize("granularity", ["layer", "head"])
 def test_the_models_mask_is_obeyed_across_blocks(kind, granularity, monkeypatch):
-    monkeypatch.setattr("tova_mlx.block.BLOCK", 8)
+    monkeypatch.setattr("tova_mlx.attention.block.BLOCK", 8)
     q, k, v = random_layer(5, 4, 2, 40)
     bias = np.tril(np.zeros((40, 40))) + np.triu(np.full((40, 40), -np.inf), 1)
     bias[5:, 3] = -np.inf  # nobody after token 4 may look at token 3

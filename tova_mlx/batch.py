@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from .attention.evicting import attend_and_evict, evict_unseen
+from .attention.sharing import Given
+from .attention.softmax import attend_newest
 from .cache import PolicyKVCache
 from .errors import CacheStateError
-from .evicting import attend_and_evict, evict_unseen
 from .hooks.layers import total
-from .newest import attend_newest
 from .policies import Rule
 from .refusals import attended_again, check_values, unattended
-from .sharing import Given
 from .storage.packed import Rows, Storage, around, each, join, to_mlx
 from .storage.slots import held
 from .storage.stack import Stack, step_mask

@@ -14,14 +14,20 @@ import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.base import create_causal_mask
 
-from .block import attend_again
+from .attention.block import attend_again
+from .attention.evicting import (
+    attend_and_evict,
+    attend_and_keep,
+    evict_oldest,
+    evict_unseen,
+)
+from .attention.sharing import Given
+from .attention.softmax import attend_newest, plain_attention
 from .errors import CacheStateError
-from .evicting import attend_and_evict, attend_and_keep, evict_oldest, evict_unseen
 from .eviction import window_mask
 from .hooks import dispatcher as attention
 from .hooks import trimming
 from .lockstep import Lockstep
-from .newest import attend_newest, plain_attention
 from .policies import Granularity, Rule, settle
 from .refusals import (
     attended_again,
@@ -31,7 +37,6 @@ from .refusals import (
     unattended,
     windowed,
 )
-from .sharing import Given
 from .storage.packed import Rows, Storage, storage, to_mlx
 from .storage.slots import Slots
 from .storage.state import pack, unpack

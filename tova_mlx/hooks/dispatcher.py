@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm.models.base as mlx_lm_base
 
-from ..sharing import given_with
+from ..attention.sharing import given_with
 
 _NAME = "scaled_dot_product_attention"
 _original = mlx_lm_base.scaled_dot_product_attention

@@ -4,8 +4,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..storage.packed import Packed, Rows, product
 from .logits import masked_logits
-from .storage.packed import Packed, Rows, product
 
 # Rows of logits at once, where they are written out.
 BLOCK = 256

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from .eviction import cut_once, scan_block, scan_keys
+from ..eviction import cut_once, scan_block, scan_keys
+from ..policies import Rule
+from ..storage.packed import Rows, gather
+from ..storage.slots import Slots, held, numbered
 from .logits import masked_logits
-from .newest import BLOCK, plain_attention
-from .policies import Rule
-from .storage.packed import Rows, gather
-from .storage.slots import Slots, held, numbered
+from .softmax import BLOCK, plain_attention
 
 
 class BlockResult(NamedTuple):

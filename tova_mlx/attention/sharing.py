@@ -10,8 +10,8 @@ from weakref import WeakValueDictionary
 
 import mlx.core as mx
 
-from .newest import plain_attention
-from .storage.packed import Rows
+from ..storage.packed import Rows
+from .softmax import plain_attention
 
 
 class Given:

@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from .storage.packed import Packed, Rows, product
+from ..storage.packed import Packed, Rows, product
 
 
 def masked_logits(

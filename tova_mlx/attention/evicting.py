@@ -9,8 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .block import BlockResult, attend_block
-from .eviction import (
+from ..eviction import (
     choose_victim,
     directions,
     kernels_wanted,
@@ -19,12 +18,13 @@ from .eviction import (
     step_on_gpu,
     window_columns,
 )
+from ..storage.journal import Scores
+from ..storage.packed import Rows, to_mlx
+from ..storage.slots import Slots, numbered
+from ..storage.stack import Stack
+from .block import BlockResult, attend_block
 from .logits import masked_logits
-from .newest import attend_newest, plain_attention
-from .storage.journal import Scores
-from .storage.packed import Rows, to_mlx
-from .storage.slots import Slots, numbered
-from .storage.stack import Stack
+from .softmax import attend_newest, plain_attention
 
 
 def evict_unseen(slots: Slots | Stack) -> None:
