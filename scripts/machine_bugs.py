@@ -29,7 +29,7 @@ BUGS = [
     Bug(
         "to take back no token revives the evicted one (defect 1)",
         [
-            Edit("cache.py", "        if not n:\n            return 0\n", ""),
+            Edit("caches/layer.py", "        if not n:\n            return 0\n", ""),
             Edit(
                 "storage/slots.py",
                 "        if n <= 0:\n            return\n        to",
@@ -55,7 +55,7 @@ BUGS = [
         "norms wait for the first eviction as a graph (defect 7)",
         [
             Edit(
-                "cache.py",
+                "caches/layer.py",
                 "output = slots.tied(plain_attention(queries, keys, values, **how))",
                 "output = plain_attention(queries, keys, values, **how)",
             )
@@ -169,7 +169,7 @@ BUGS = [
         "padding on the left is one token longer",
         [
             Edit(
-                "batch.py",
+                "caches/batch.py",
                 "max(0, left - self._done))\n            stop",
                 "max(0, left - self._done + (left > 0)))\n            stop",
             )
@@ -190,7 +190,7 @@ BUGS = [
         "an update that fails has changed the cache",
         [
             Edit(
-                "cache.py",
+                "caches/layer.py",
                 "what fails leaves no trace.\n        slots = self._slots.twin()",
                 "what fails leaves no trace.\n        slots = self._slots",
             )
@@ -208,11 +208,17 @@ BUGS = [
     ),
     Bug(
         "layers do not notice that they are not in step",
-        [Edit("lockstep.py", "elif cache.offset != self._offset:", "elif False:")],
+        [
+            Edit(
+                "caches/lockstep.py",
+                "elif cache.offset != self._offset:",
+                "elif False:",
+            )
+        ],
     ),
     Bug(
         "what was evicted before comes back plain into quantised slots",
-        [Edit("cache.py", "kept, slots.journal.empty()", "kept, slots.journal")],
+        [Edit("caches/layer.py", "kept, slots.journal.empty()", "kept, slots.journal")],
     ),
     Bug(
         "keys that were evicted count in the mean key",

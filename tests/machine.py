@@ -33,12 +33,12 @@ from hypothesis.stateful import (
 from mlx_lm.models import cache as mlx_lm_cache
 from oracle import Layer, Token
 
-import tova_mlx.cache
+import tova_mlx.caches.layer
 from tova_mlx import POLICIES, PolicyKVCache, describe
 from tova_mlx import load_prompt_cache as our_load
 from tova_mlx import save_prompt_cache as our_save
+from tova_mlx.caches.lockstep import keep_together
 from tova_mlx.errors import CacheStateError, TovaError
-from tova_mlx.lockstep import keep_together
 from tova_mlx.storage.slots import Slots
 
 SCALE = 0.4
@@ -279,10 +279,10 @@ class Failed(BaseException):
 
 # What fails: parts of an attention, or of an update.
 INSIDE = [
-    (tova_mlx.cache, "attend_and_evict"),
-    (tova_mlx.cache, "attend_and_keep"),
-    (tova_mlx.cache, "plain_attention"),
-    (tova_mlx.cache, "attend_newest"),
+    (tova_mlx.caches.layer, "attend_and_evict"),
+    (tova_mlx.caches.layer, "attend_and_keep"),
+    (tova_mlx.caches.layer, "plain_attention"),
+    (tova_mlx.caches.layer, "attend_newest"),
 ]
 UPDATE = [(Slots, "_write"), (Slots, "_numbered")]
 

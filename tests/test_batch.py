@@ -13,7 +13,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from test_cache import CASES
 
 from tova_mlx import PolicyKVCache, convert, describe, make_prompt_cache, revert
-from tova_mlx.batch import BatchPolicyKVCache
+from tova_mlx.caches.batch import BatchPolicyKVCache
 from tova_mlx.errors import CacheStateError, UnsupportedModelError
 
 LIMIT = 8

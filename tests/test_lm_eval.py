@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from test_tools import made  # noqa: F401  (a fixture)
 
 from tova_mlx import convert, revert
-from tova_mlx.batch import BatchPolicyKVCache
+from tova_mlx.caches.batch import BatchPolicyKVCache
 from tova_mlx.cli import main
 
 LIMIT = 24

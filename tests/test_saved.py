@@ -26,8 +26,8 @@ from tova_mlx import (
     make_prompt_cache,
     save_prompt_cache,
 )
+from tova_mlx.caches.refusals import check_rows
 from tova_mlx.errors import CacheStateError, OptionError
-from tova_mlx.refusals import check_rows
 from tova_mlx.saved import fingerprint, prompt_path
 
 SIZES = [19, 1, 1, 1]

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .cache import PolicyKVCache, TOVACache
+    from .caches.layer import PolicyKVCache, TOVACache
     from .conversion import convert, make_prompt_cache, revert
     from .errors import TovaError
     from .policies import POLICIES
@@ -32,9 +32,9 @@ __all__ = [
 
 _HOMES = {
     "POLICIES": "policies",
-    "PolicyKVCache": "cache",
+    "PolicyKVCache": "caches.layer",
     "Report": "report",
-    "TOVACache": "cache",
+    "TOVACache": "caches.layer",
     "TovaError": "errors",
     "convert": "conversion",
     "describe": "report",

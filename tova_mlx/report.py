@@ -7,8 +7,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 
-from .batch import BatchPolicyKVCache
-from .cache import PolicyKVCache
+from .caches.batch import BatchPolicyKVCache
+from .caches.layer import PolicyKVCache
 from .hooks.layers import leaves, total
 
 OURS = (PolicyKVCache, BatchPolicyKVCache)

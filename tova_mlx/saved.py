@@ -20,10 +20,10 @@ import numpy.typing as npt
 from mlx.utils import tree_flatten
 from mlx_lm.models import cache as mlx_lm_cache
 
-from .cache import PolicyKVCache, register
+from .caches.layer import PolicyKVCache, register
+from .caches.lockstep import keep_together
 from .errors import CacheStateError
 from .hooks.layers import leaves
-from .lockstep import keep_together
 from .report import trace
 from .storage.packed import Packed, arrays
 

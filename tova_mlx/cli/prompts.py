@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 
 from .. import saved
-from ..cache import PolicyKVCache
+from ..caches.layer import PolicyKVCache
 from ..errors import CacheStateError, ModelLoadError
 from ..hooks.layers import leaves
 from ..hooks.server import check_draft

@@ -38,7 +38,7 @@ def run_tool(
     load_openblas()
     import mlx.core as mx
 
-    from ..cache import JOURNAL
+    from ..caches.layer import JOURNAL
     from ..conversion import convert
     from .prompts import PromptFile, check_place
 

@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 from mlx_lm.models.cache import CacheList
 
-from ..cache import PolicyKVCache
+from ..caches.layer import PolicyKVCache
 from ..errors import EvaluationError
 from ..hooks.layers import leaves
 from ..policies import POLICIES, Rule

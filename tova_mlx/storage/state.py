@@ -9,9 +9,9 @@ from typing import Any, TypeGuard
 import mlx.core as mx
 import numpy as np
 
+from ..caches.refusals import check_options
 from ..errors import CacheStateError
 from ..policies import POLICIES, Rule, settle
-from ..refusals import check_options
 from .packed import Packed, Rows, Storage, storage
 from .packed import arrays as arrays_of
 from .slots import Slots

@@ -15,17 +15,17 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from .attention.evicting import attend_and_evict, evict_unseen
-from .attention.sharing import Given
-from .attention.softmax import attend_newest
-from .cache import PolicyKVCache
-from .errors import CacheStateError
-from .hooks.layers import total
-from .policies import Rule
+from ..attention.evicting import attend_and_evict, evict_unseen
+from ..attention.sharing import Given
+from ..attention.softmax import attend_newest
+from ..errors import CacheStateError
+from ..hooks.layers import total
+from ..policies import Rule
+from ..storage.packed import Rows, Storage, around, each, join, to_mlx
+from ..storage.slots import held
+from ..storage.stack import Stack, step_mask
+from .layer import PolicyKVCache
 from .refusals import attended_again, check_values, unattended
-from .storage.packed import Rows, Storage, around, each, join, to_mlx
-from .storage.slots import held
-from .storage.stack import Stack, step_mask
 
 # The part of a chunk that is a row's own: from, to.
 Span = tuple[int, int]

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from .errors import CacheStateError, OptionError, UnsupportedModelError
-from .policies import Rule
-from .storage.packed import Rows
+from ..errors import CacheStateError, OptionError, UnsupportedModelError
+from ..policies import Rule
+from ..storage.packed import Rows
 
 # Tokens that a cache can be asked to be able to take back.
 MOST_JOURNAL = 4096

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from typing import Any
 from weakref import ReferenceType, ref
 
-from .errors import CacheStateError
-from .hooks.layers import leaves
+from ..errors import CacheStateError
+from ..hooks.layers import leaves
 
 
 class Lockstep:

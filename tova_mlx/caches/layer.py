@@ -14,21 +14,24 @@ import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.base import create_causal_mask
 
-from .attention.block import attend_again
-from .attention.evicting import (
+from ..attention.block import attend_again
+from ..attention.evicting import (
     attend_and_evict,
     attend_and_keep,
     evict_oldest,
     evict_unseen,
 )
-from .attention.sharing import Given
-from .attention.softmax import attend_newest, plain_attention
-from .errors import CacheStateError
-from .eviction import window_mask
-from .hooks import dispatcher as attention
-from .hooks import trimming
+from ..attention.sharing import Given
+from ..attention.softmax import attend_newest, plain_attention
+from ..errors import CacheStateError
+from ..eviction import window_mask
+from ..hooks import dispatcher as attention
+from ..hooks import trimming
+from ..policies import Granularity, Rule, settle
+from ..storage.packed import Rows, Storage, storage, to_mlx
+from ..storage.slots import Slots
+from ..storage.state import pack, unpack
 from .lockstep import Lockstep
-from .policies import Granularity, Rule, settle
 from .refusals import (
     attended_again,
     check_options,
@@ -37,9 +40,6 @@ from .refusals import (
     unattended,
     windowed,
 )
-from .storage.packed import Rows, Storage, storage, to_mlx
-from .storage.slots import Slots
-from .storage.state import pack, unpack
 
 JOURNAL = 16
 
