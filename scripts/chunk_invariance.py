@@ -27,7 +27,7 @@ from mlx_lm import load  # noqa: E402
 import tova_mlx.attention.block  # noqa: E402
 import tova_mlx.eviction.step  # noqa: E402
 from tova_mlx import POLICIES, make_prompt_cache  # noqa: E402
-from tova_mlx.demo import demo_model_path  # noqa: E402
+from tova_mlx.models.demo import demo_model_path  # noqa: E402
 
 EXCERPT = Path(__file__).parent / "moby_dick_excerpt.txt"
 

@@ -19,7 +19,7 @@ def load_demo_model() -> tuple[Any, Any]:
     import mlx.core as mx
     from mlx_lm import load
 
-    from tova_mlx.demo import demo_model_path
+    from tova_mlx.models.demo import demo_model_path
 
     model, tokenizer = load(str(demo_model_path()))
     if not mx.metal.is_available():

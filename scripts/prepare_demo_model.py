@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tova_mlx.demo import DEMO_MODELS, demo_model_path
+from tova_mlx.models.demo import DEMO_MODELS, demo_model_path
 
 if TYPE_CHECKING:
     from gguf import GGUFReader

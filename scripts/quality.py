@@ -24,9 +24,9 @@ from common import provenance  # noqa: E402
 from mlx_lm import load  # noqa: E402
 
 from tova_mlx import POLICIES  # noqa: E402
-from tova_mlx.demo import demo_model_path  # noqa: E402
 from tova_mlx.evaluation.reading import token_losses  # noqa: E402
 from tova_mlx.evaluation.results import Setting  # noqa: E402
+from tova_mlx.models.demo import demo_model_path  # noqa: E402
 
 STEP = 512
 

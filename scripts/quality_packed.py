@@ -16,7 +16,7 @@ from mlx_lm import load
 from quality import losses, measured, provenance_of_row
 
 from tova_mlx import POLICIES
-from tova_mlx.demo import demo_model_path
+from tova_mlx.models.demo import demo_model_path
 
 # Bits of keys and values, and values that share a scale.
 KEPT = [((8, 8), 64), ((8, 4), 32), ((4, 4), 32), ((8, 4), 64), ((4, 4), 64)]

@@ -13,7 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 load_openblas()
 
-from tova_mlx.demo import demo_model_path  # noqa: E402
+from tova_mlx.models.demo import demo_model_path  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -19,11 +19,11 @@ import zoo
 from mlx_lm import generate, load
 from mlx_lm.models.cache import KVCache
 
-import tova_mlx.chat
+import tova_mlx.models.conversation
 from tova_mlx import convert, revert
-from tova_mlx.chat import Conversation
 from tova_mlx.cli.chat import _CtrlC
 from tova_mlx.errors import CacheStateError, PromptError
+from tova_mlx.models.conversation import Conversation
 
 pytestmark = pytest.mark.real_model
 PROGRAM = [sys.executable, "-m", "tova_mlx", "chat"]
@@ -348,7 +348,9 @@ def scripted(demo, monkeypatch):
                     text=letter, finish_reason=reason if last else None
                 )
 
-        monkeypatch.setattr(tova_mlx.chat, "stream_generate", stream_generate)
+        monkeypatch.setattr(
+            tova_mlx.models.conversation, "stream_generate", stream_generate
+        )
         return Conversation(model, tokenizer, system_prompt=system_prompt), fed
 
     yield make
@@ -443,7 +445,7 @@ def test_all_that_a_real_answer_saw_is_what_was_fed(start, demo, monkeypatch):
     # The demo model, cut off after a line, under a template that trims.
     tokenizer = demo[1]
     monkeypatch.setattr(tokenizer._tokenizer, "chat_template", LLAMA_3)
-    real, fed = tova_mlx.chat.stream_generate, []
+    real, fed = tova_mlx.models.conversation.stream_generate, []
 
     def stream_generate(model, tokenizer, tokens, **how):
         fed.extend(tokens)
@@ -451,7 +453,9 @@ def test_all_that_a_real_answer_saw_is_what_was_fed(start, demo, monkeypatch):
             fed.append(piece.token)
             yield piece
 
-    monkeypatch.setattr(tova_mlx.chat, "stream_generate", stream_generate)
+    monkeypatch.setattr(
+        tova_mlx.models.conversation, "stream_generate", stream_generate
+    )
     # It says nothing but new lines.
     line = mx.array(tokenizer.encode("\n", add_special_tokens=False))
     conversation = start(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from tova_mlx.demo import DEMO_MODELS, demo_model_path
+from tova_mlx.models.demo import DEMO_MODELS, demo_model_path
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "prepare_demo_model.py"
 HIDDEN, HEADS, KV_HEADS, FFN, BLOCKS, CONTEXT = 32, 4, 2, 64, 2, 48

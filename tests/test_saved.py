@@ -28,7 +28,7 @@ from tova_mlx import (
 )
 from tova_mlx.caches.refusals import check_rows
 from tova_mlx.errors import CacheStateError, OptionError
-from tova_mlx.saved import fingerprint, prompt_path
+from tova_mlx.models.saved import fingerprint, prompt_path
 
 SIZES = [19, 1, 1, 1]
 NAMES = [

@@ -22,8 +22,8 @@ from mlx_lm.models.cache import KVCache
 from tova_mlx import conversion, make_prompt_cache
 from tova_mlx.cli import main
 from tova_mlx.cli.tools import replaced
-from tova_mlx.report import describe
-from tova_mlx.saved import save_prompt_cache
+from tova_mlx.models.report import describe
+from tova_mlx.models.saved import save_prompt_cache
 
 LIMIT = 48
 PROMPT = "Name three rivers of Europe and say where each of them ends. " * 6

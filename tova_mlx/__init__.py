@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .caches.layer import PolicyKVCache, TOVACache
-    from .conversion import convert, make_prompt_cache, revert
     from .errors import TovaError
+    from .models.conversion import convert, make_prompt_cache, revert
+    from .models.report import Report, describe
+    from .models.saved import load_prompt_cache, save_prompt_cache
     from .policies import POLICIES
-    from .report import Report, describe
-    from .saved import load_prompt_cache, save_prompt_cache
 
 __version__ = "0.1.0"
 
@@ -33,15 +33,15 @@ __all__ = [
 _HOMES = {
     "POLICIES": "policies",
     "PolicyKVCache": "caches.layer",
-    "Report": "report",
+    "Report": "models.report",
     "TOVACache": "caches.layer",
     "TovaError": "errors",
-    "convert": "conversion",
-    "describe": "report",
-    "load_prompt_cache": "saved",
-    "make_prompt_cache": "conversion",
-    "revert": "conversion",
-    "save_prompt_cache": "saved",
+    "convert": "models.conversion",
+    "describe": "models.report",
+    "load_prompt_cache": "models.saved",
+    "make_prompt_cache": "models.conversion",
+    "revert": "models.conversion",
+    "save_prompt_cache": "models.saved",
 }
 
 

@@ -19,7 +19,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..chat import Conversation
+    from ..models.conversation import Conversation
 
 COMMANDS = """\
 /reset       forget the conversation
@@ -52,8 +52,8 @@ def chat(**options: Any) -> None:
     import mlx.core as mx
     from mlx_lm.sample_utils import make_sampler
 
-    from ..chat import Conversation
-    from ..conversion import convert
+    from ..models.conversation import Conversation
+    from ..models.conversion import convert
 
     convert(
         model,
@@ -201,7 +201,7 @@ def _answer(conversation: "Conversation", question: str, ctrl_c: _CtrlC) -> None
 
 def _interrupted(conversation: "Conversation", last: Any) -> str:
     """What a second Ctrl-C came to; `last`: what was answered last."""
-    from ..chat import NOT_READ
+    from ..models.conversation import NOT_READ
 
     if last is None:
         return NOT_READ
@@ -226,7 +226,7 @@ def _command(conversation: "Conversation", name: str, argument: str = "") -> Non
         conversation.load(argument.strip())
         click.echo(f"Loaded: {_totals(conversation)}", err=True)
     elif name == "/stats":
-        from ..report import describe
+        from ..models.report import describe
 
         click.echo(str(describe(conversation.caches)), err=True)
     elif name == "/help":
@@ -236,7 +236,7 @@ def _command(conversation: "Conversation", name: str, argument: str = "") -> Non
 
 
 def _totals(conversation: "Conversation") -> str:
-    from ..report import describe
+    from ..models.report import describe
 
     totals = describe(conversation.caches).totals
     return (

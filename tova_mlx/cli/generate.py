@@ -42,8 +42,8 @@ def generate(
     from mlx_lm import stream_generate
     from mlx_lm.sample_utils import make_sampler
 
-    from ..conversion import make_prompt_cache
-    from ..report import describe
+    from ..models.conversion import make_prompt_cache
+    from ..models.report import describe
 
     tokens = _encode(tokenizer, text, options["no_chat_template"])
     caches = make_prompt_cache(

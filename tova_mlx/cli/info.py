@@ -26,8 +26,8 @@ def info(as_json: bool, **options: Any) -> None:
     model, _, path = load(options["model"])
     from mlx_lm.models.cache import make_prompt_cache as make_default
 
-    from ..conversion import make_prompt_cache
-    from ..report import Report, bytes_per_token, describe, trace
+    from ..models.conversion import make_prompt_cache
+    from ..models.report import Report, bytes_per_token, describe, trace
 
     caches = make_prompt_cache(
         model,

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..demo import DEMO_MODELS, demo_model_path
 from ..errors import ModelLoadError
+from ..models.demo import DEMO_MODELS, demo_model_path
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 

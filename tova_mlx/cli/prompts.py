@@ -8,11 +8,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 
-from .. import saved
 from ..caches.layer import PolicyKVCache
 from ..errors import CacheStateError, ModelLoadError
 from ..hooks.layers import leaves
 from ..hooks.server import check_draft
+from ..models import saved
 from .models import resolve
 
 _UNBOUNDED = (mlx_lm_cache.KVCache, mlx_lm_cache.QuantizedKVCache)

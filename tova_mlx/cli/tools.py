@@ -39,7 +39,7 @@ def run_tool(
     import mlx.core as mx
 
     from ..caches.layer import JOURNAL
-    from ..conversion import convert
+    from ..models.conversion import convert
     from .prompts import PromptFile, check_place
 
     if mx.distributed.init().size() > 1:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from mlx_lm.generate import stream_generate
 
-from ..conversion import make_prompt_cache
+from ..models.conversion import make_prompt_cache
 from .results import Setting
 
 # Called with the number of tokens read since the last call.

@@ -20,12 +20,12 @@ import numpy.typing as npt
 from mlx.utils import tree_flatten
 from mlx_lm.models import cache as mlx_lm_cache
 
-from .caches.layer import PolicyKVCache, register
-from .caches.lockstep import keep_together
-from .errors import CacheStateError
-from .hooks.layers import leaves
+from ..caches.layer import PolicyKVCache, register
+from ..caches.lockstep import keep_together
+from ..errors import CacheStateError
+from ..hooks.layers import leaves
+from ..storage.packed import Packed, arrays
 from .report import trace
-from .storage.packed import Packed, arrays
 
 _SUFFIX = ".safetensors"
 # Files of earlier versions have another one, which said less, under "tova_mlx_model".

@@ -12,13 +12,13 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 
-from .caches.layer import JOURNAL, PolicyKVCache, TOVACache
-from .caches.lockstep import keep_together
-from .caches.refusals import unseen
-from .errors import TovaError, UnsupportedModelError
-from .hooks import dispatcher as attention
-from .hooks.layers import leaves
-from .policies import Rule, settle
+from ..caches.layer import JOURNAL, PolicyKVCache, TOVACache
+from ..caches.lockstep import keep_together
+from ..caches.refusals import unseen
+from ..errors import TovaError, UnsupportedModelError
+from ..hooks import dispatcher as attention
+from ..hooks.layers import leaves
+from ..policies import Rule, settle
 from .report import Report, describe, trace
 
 # Model files that no bounded cache can be right with, and why.

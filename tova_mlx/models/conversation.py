@@ -15,9 +15,9 @@ import mlx.nn as nn
 from mlx_lm import stream_generate
 from mlx_lm.models.cache import make_prompt_cache
 
-from .errors import CacheStateError, PromptError, TovaError
-from .hooks.layers import leaves
-from .hooks.trimming import trim_prompt_cache
+from ..errors import CacheStateError, PromptError, TovaError
+from ..hooks.layers import leaves
+from ..hooks.trimming import trim_prompt_cache
 from .saved import load_prompt_cache, save_prompt_cache
 
 NOT_READ = (

@@ -7,9 +7,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 
-from .caches.batch import BatchPolicyKVCache
-from .caches.layer import PolicyKVCache
-from .hooks.layers import leaves, total
+from ..caches.batch import BatchPolicyKVCache
+from ..caches.layer import PolicyKVCache
+from ..hooks.layers import leaves, total
 
 OURS = (PolicyKVCache, BatchPolicyKVCache)
 
