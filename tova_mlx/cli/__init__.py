@@ -8,7 +8,7 @@ import click
 from .. import __version__
 from ..errors import TovaError
 from .chat import chat
-from .evaluate import evaluate
+from .evaluation import evaluate
 from .generate import generate
 from .info import info
 from .options import in_options
