@@ -24,7 +24,7 @@ from tova_mlx.eviction import step_on_gpu  # noqa: E402
 from tova_mlx.eviction.kernels import scan_on_gpu  # noqa: E402
 from tova_mlx.eviction.scan import scan_on_cpu  # noqa: E402
 from tova_mlx.eviction.step import step_on_cpu  # noqa: E402
-from tova_mlx.policies import settle  # noqa: E402
+from tova_mlx.policies import resolve_options  # noqa: E402
 
 N_HEADS, N_KV_HEADS, ROWS = 32, 8, 256
 LIMITS = (512, 1024, 4096)
@@ -33,7 +33,7 @@ DTYPE = mx.float16
 
 def inputs(policy, limit, n_rows):
     """Rule, logits, positions, scores and norms, as a full cache has them."""
-    rule, n = settle(policy, limit, {}), limit + n_rows
+    rule, n = resolve_options(policy, limit, {}), limit + n_rows
     choosers = N_KV_HEADS if rule.per_head else 1
     logits = (3 * mx.random.normal((1, N_HEADS, n_rows, n))).astype(DTYPE)
     positions = mx.broadcast_to(mx.arange(n, dtype=mx.int32), (1, choosers, n))

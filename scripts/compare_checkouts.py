@@ -24,11 +24,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 EXCERPT = Path(__file__).parent / "moby_dick_excerpt.txt"
 READ, GENERATED, LIMIT, CHUNK = 700, 48, 128, 256
+POLICIES = "full", "window", "streaming", "h2o", "tova", "vatp", "fade", "keydiff"
 CASES = [
-    *(
-        {"policy": p}
-        for p in "full window streaming h2o tova vatp fade keydiff".split()
-    ),
+    *({"policy": p} for p in POLICIES),
     *({"policy": p, "granularity": "head"} for p in ("tova", "fade")),
     *({"policy": p, "granularity": "layer"} for p in ("h2o", "keydiff")),
     *({"policy": p, "kv_bits": 8} for p in ("tova", "fade", "streaming", "keydiff")),

@@ -13,9 +13,9 @@ _BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 _HEADS = f"{_BARRIER}\n    for (int h = tid; h < HEADS"
 _COLUMNS = f"{_BARRIER}\n\n    float lowest"
 _BEST = f"{_BARRIER}\n    for (int s = 0"
-_DEATH = f"}}\n    {_BARRIER}\n#else"
-_SHUFFLE = "const float other_score = simd_shuffle_xor(lowest, step);"
-_OWN = "size_t(chooser) * n_columns;"
+_EVICTION = f"}}\n    {_BARRIER}\n#else"
+_SHUFFLE = "const float other_score = simd_shuffle_xor(lowest, apart);"
+_OWN = "size_t(choice) * n_columns;"
 
 
 def _without(old: str) -> str:
@@ -27,7 +27,7 @@ BUGS = [
     Bug("no barrier before the heads", _HEADS, _without(_HEADS), _EARLY),
     Bug("no barrier before the columns", _COLUMNS, _without(_COLUMNS), _EARLY),
     Bug("no barrier before the best", _BEST, _without(_BEST), _EARLY),
-    Bug("no barrier after a death", _DEATH, _without(_DEATH), _RACE),
+    Bug("no barrier after an eviction", _EVICTION, _without(_EVICTION), _RACE),
     Bug(
         "barrier for device memory only",
         _BEST,
@@ -47,22 +47,24 @@ BUGS = [
         (*_EARLY, Kind.BARRIER),
     ),
     Bug(
-        "threads without a column leave",
-        "for (int row = 0;",
-        "if (tid >= n_columns) return;\n  for (int row = 0;",
+        "threads without a column return",
+        "for (int step = 0;",
+        "if (tid >= n_columns) return;\n  for (int step = 0;",
         (Kind.BARRIER, Kind.INACTIVE_LANE, *_EARLY),
     ),
     Bug(
         "a column too many",
-        "c < come; c += THREADS",
-        "c <= come; c += THREADS",
+        "c < n_seen; c += THREADS",
+        "c <= n_seen; c += THREADS",
         (*_EARLY, Kind.OUT_OF_BOUNDS),
     ),
-    Bug("the own column not seen", "n_held + row + 1", "n_held + row", _WRONG),
+    Bug("the own column not seen", "n_held + step + 1", "n_held + step", _WRONG),
     Bug("parts overlap", "item % PARTS * 32 + lane", "lane", _WRONG),
     Bug("parts leave columns out", "item % PARTS * 32", "item % PARTS * 64", _WRONG),
-    Bug("the dead attract", "TOVA_ALIVE(c) && x", "x", _WRONG),
-    Bug("the dead die again", "if (!TOVA_ALIVE(c)) continue;", "", _WRONG),
+    Bug("evicted columns attract", "TOVA_HELD(c) && x", "x", _WRONG),
+    Bug(
+        "evicted columns are evicted again", "if (!TOVA_HELD(c)) continue;", "", _WRONG
+    ),
     Bug("hidden columns counted", " && x != -INFINITY", "", _WRONG),
     Bug("NaN hidden", "x != -INFINITY", "x > -INFINITY", _WRONG),
     Bug(
@@ -77,7 +79,12 @@ BUGS = [
         "other_column < column",
         _WRONG,
     ),
-    Bug("the best leaves", "other_score < score ||", "other_score > score ||", _WRONG),
+    Bug(
+        "the best is evicted",
+        "other_score < score ||",
+        "other_score > score ||",
+        _WRONG,
+    ),
     Bug("sum not rescaled", "sum * metal::exp(high - higher)", "sum", _WRONG),
     Bug("lanes not rescaled", ": sum * metal::exp(high - highest)", ": sum", _WRONG),
     Bug(
@@ -105,18 +112,18 @@ BUGS = [
         _WRONG,
     ),
     Bug("a recent token too few", "- n_recent)", "- n_recent + 1)", _WRONG),
-    Bug("recent as of the last row", " - (n_rows - 1 - row) - n", " - n", _WRONG),
+    Bug("recent as of the last step", " - (n_steps - 1 - step) - n", " - n", _WRONG),
     Bug(
         "a first token too few",
         "position >= n_sinks",
         "position >= n_sinks - 1",
         _WRONG,
     ),
-    Bug("evicts from the start", "row >= first_evicting", "row >= 0", _WRONG),
+    Bug("evicts from the start", "step >= first_evicting", "step >= 0", _WRONG),
     Bug(
-        "death noted a row late",
-        "last[own + victim] = row;",
-        "last[own + victim] = row + 1;",
+        "eviction noted a step late",
+        "last[own + victim] = step;",
+        "last[own + victim] = step + 1;",
         _WRONG,
     ),
     Bug("flag of another column", "1u << (victim & 31)", "1u << (victim & 15)", _WRONG),
@@ -126,7 +133,7 @@ BUGS = [
         "w < n_columns / 32",
         (Kind.UNINITIALISED,),
     ),
-    Bug("flags past the array", "dead[MAX_COLUMNS / 32]", "dead[1]", _BOUNDS),
+    Bug("flags past the array", "evicted[MAX_COLUMNS / 32]", "evicted[1]", _BOUNDS),
     Bug(
         "best of too few simdgroups",
         "best_score[SIMDGROUPS]",
@@ -134,24 +141,32 @@ BUGS = [
         _BOUNDS,
     ),
     Bug(
-        "every simdgroup notes the death", "tid == victim % THREADS", "lane == 0", _RACE
+        "every simdgroup notes the eviction",
+        "tid == victim % THREADS",
+        "lane == 0",
+        _RACE,
     ),
-    Bug("another thread notes the death", "tid == victim % THREADS", "tid == 0", _RACE),
+    Bug(
+        "another thread notes the eviction",
+        "tid == victim % THREADS",
+        "tid == 0",
+        _RACE,
+    ),
     Bug(
         "shuffle in a branch",
         _SHUFFLE,
-        f"if (lane < step) {{ {_SHUFFLE} }} {_SHUFFLE}",
+        f"if (lane < apart) {{ {_SHUFFLE} }} {_SHUFFLE}",
         (Kind.INACTIVE_LANE, Kind.SIMDGROUP),
     ),
     Bug("batch rows on top of each other", _OWN, "0;", (*_RACE, *_WRONG)),
     Bug(
-        "no victim where nobody leaves",
-        "if (tid == 0) leaves[chooser] = 0u;",
+        "no victim where nothing is evicted",
+        "if (tid == 0) victims[choice] = 0u;",
         "",
         _NOT_WRITTEN,
     ),
-    Bug("survivors not noted", "last[own + c] = n_rows;", "", _NOT_WRITTEN),
-    Bug("a row's scores not noted", "if (nth >= 0)", "if (nth > 0)", _NOT_WRITTEN),
+    Bug("columns held not noted", "last[own + c] = n_steps;", "", _NOT_WRITTEN),
+    Bug("a step's scores not noted", "if (nth >= 0)", "if (nth > 0)", _NOT_WRITTEN),
     Bug(
         "writes to an input",
         "new_scores[own + c] = score;",

@@ -228,7 +228,7 @@ class Checks:
             assert cache.nbytes == 0
             return
         assert np.array(cache.positions)[row].tolist() == oracle.positions()
-        keys, values = (plain(a)[row] for a in cache.slots.held_rows())
+        keys, values = (plain(a)[row] for a in cache.slots.held_entries())
         per_head = len(oracle.held) > 1
         for h in range(self.setup.heads[1]):
             held = oracle.held[h if per_head else 0]
@@ -257,7 +257,7 @@ def nothing_waits(slots):
 
     What waits keeps a graph alive, and all the rows that it was made of.
     """
-    known = [slots.positions, slots.scores, slots.norms, slots.victim]
+    known = [slots.positions, slots.scores, slots.value_norms, slots.victim]
     before = settled_memory()
     mx.eval([a for a in known if a is not None])
     assert settled_memory() == before, "an update was left waiting"
@@ -284,7 +284,7 @@ INSIDE = [
     (tova_mlx.caches.layer, "plain_attention"),
     (tova_mlx.caches.layer, "attend_newest"),
 ]
-UPDATE = [(Slots, "_write"), (Slots, "_numbered")]
+UPDATE = [(Slots, "write_tokens"), (Slots, "_positions")]
 
 
 @contextmanager

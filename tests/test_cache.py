@@ -11,9 +11,10 @@ import tiny
 from mlx_lm.generate import generate_step
 from mlx_lm.models import cache as mlx_lm_cache
 
-from tova_mlx import POLICIES, PolicyKVCache, TOVACache, attention, make_prompt_cache
-from tova_mlx.attention.sharing import given_with
+from tova_mlx import POLICIES, PolicyKVCache, TOVACache, make_prompt_cache
+from tova_mlx.attention.sharing import shared_with
 from tova_mlx.errors import CacheStateError, OptionError, UnsupportedModelError
+from tova_mlx.hooks import dispatcher as attention
 
 READING = [p for p in POLICIES if POLICIES[p].reads_attention]
 CASES = [(p, {}) for p in POLICIES if p not in READING] + [
@@ -412,9 +413,9 @@ def test_layers_that_share_keys_are_found_while_other_threads_come_and_go():
                 cache.share()
                 stored = cache.update_and_fetch(rows, rows)
                 cache.attend(rows, *stored, scale=1.0, mask=None)
-                assert given_with(stored[0]) is not None
+                assert shared_with(stored[0]) is not None
                 cache.update_and_fetch(rows, rows)
-                assert given_with(stored[0]) is None
+                assert shared_with(stored[0]) is None
         except BaseException as error:
             failed.append(error)
 

@@ -7,13 +7,11 @@ from tova_mlx import PolicyKVCache
 from tova_mlx.eviction import (
     choose_victim,
     cut_once,
-    directions,
-    key_scores,
     scan_block,
-    scan_keys,
+    scored_scan,
     update_scores,
 )
-from tova_mlx.policies import settle
+from tova_mlx.policies import resolve_options
 
 
 def victim(positions, scores, newest, rule):
@@ -24,7 +22,7 @@ def victim(positions, scores, newest, rule):
 def test_hand_worked_step():
     # Two heads, four slots. Means .35 .05 .25 .35: slot 1 leaves.
     weights = mx.array([[[[0.4, 0.0, 0.3, 0.3], [0.3, 0.1, 0.2, 0.4]]]])
-    rule = settle("tova", 3, {})
+    rule = resolve_options("tova", 3, {})
     scores = update_scores(weights, None, None, rule)
     assert np.allclose(np.array(scores), [[[0.35, 0.05, 0.25, 0.35]]])
     positions = mx.arange(4).reshape(1, 1, 4)
@@ -38,31 +36,31 @@ def test_hand_worked_memory_and_norms():
         weights,
         mx.array([[[3.0, 1.0]]]),
         mx.array([[[1.0, 0.0]]]),
-        settle("fade", 8, {}),
+        resolve_options("fade", 8, {}),
     )
     assert np.allclose(np.array(scores), [[[1.8, 0.7]]])
 
 
 def test_ties_go_to_the_oldest_position_not_the_first_slot():
-    rule = settle("tova", 4, {})
+    rule = resolve_options("tova", 4, {})
     assert victim([7, 3, 5, 4, 9], [0.1, 0.2, 0.1, 0.1, 0.5], 9, rule) == 3
 
 
 def test_protected_tokens_stay_whatever_their_score():
-    rule = settle("tova", 4, {"n_sinks": 1, "n_recent": 2})
+    rule = resolve_options("tova", 4, {"n_sinks": 1, "n_recent": 2})
     assert victim([9, 0, 8, 4, 5], [0.0, 0.0, 0.0, 0.3, 0.2], 9, rule) == 4
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_broken_scores_still_give_an_unprotected_slot(value):
-    rule = settle("tova", 4, {"n_sinks": 1, "n_recent": 1})
+    rule = resolve_options("tova", 4, {"n_sinks": 1, "n_recent": 1})
     assert victim([9, 0, 3, 4, 5], [value] * 5, 9, rule) in (2, 3, 4)
 
 
 def test_a_row_that_is_not_a_number_does_not_poison_the_memory():
     weights = mx.array([[[[np.nan, np.nan]]]])
     old = mx.array([[[1.0, 2.0]]])
-    scores = update_scores(weights, None, old, settle("h2o", 8, {}))
+    scores = update_scores(weights, None, old, resolve_options("h2o", 8, {}))
     assert np.allclose(np.array(scores), [[[1.0, 2.0]]])
 
 
@@ -98,25 +96,25 @@ def block(rows, n_held):
 def test_hand_worked_scan():
     # Row 0 sees 0 1 2, drops 1. Row 1 sees 0 2 3: the dead column's .7 does not count.
     logits = block([[0.5, 0.1, 0.4, 0.0], [0.1, 0.7, 0.15, 0.05]], n_held=2)
-    last, _ = run_scan(logits, settle("tova", 2, {}), 2)
+    last, _ = run_scan(logits, resolve_options("tova", 2, {}), 2)
     assert last == [2, 0, 2, 1]
 
 
 def test_scan_breaks_planted_ties_to_the_oldest():
     logits = block([[0.25] * 4, [0.25] * 4], n_held=2)
-    assert run_scan(logits, settle("tova", 2, {}), 2)[0] == [0, 1, 2, 2]
+    assert run_scan(logits, resolve_options("tova", 2, {}), 2)[0] == [0, 1, 2, 2]
 
 
 def test_a_dead_column_that_dwarfs_the_living_changes_nothing():
     # exp(-200) vanishes in float32: the living must be weighed without the dead.
     logits = block([[0.5, 0.1, 0.4, 0.0], [0.1, 0.1, 0.5, 0.4]], n_held=2)
     logits[0, 0, 1, 1] = 200.0
-    assert run_scan(logits, settle("tova", 2, {}), 2)[0] == [1, 0, 2, 2]
+    assert run_scan(logits, resolve_options("tova", 2, {}), 2)[0] == [1, 0, 2, 2]
 
 
 def test_broken_rows_still_evict_one_token_each():
     logits = np.full((1, 2, 4, 7), np.nan, np.float32)
-    rule = settle("h2o", 3, {"granularity": "layer"})
+    rule = resolve_options("h2o", 3, {"granularity": "layer"})
     last, scores = run_scan(logits, rule, 3)
     assert sorted(last) == [0, 1, 2, 3, 4, 4, 4]
     assert np.isfinite(scores).all()
@@ -124,27 +122,27 @@ def test_broken_rows_still_evict_one_token_each():
 
 def test_cutting_once_looks_at_everything_and_ranks_by_the_last_row():
     logits = block([[0.1, 0.2, 0.7, 0.0], [0.3, 0.1, 0.2, 0.4]], n_held=2)
-    last, _ = run_scan(logits, settle("tova", 2, {}), 2, once=True)
+    last, _ = run_scan(logits, resolve_options("tova", 2, {}), 2, once=True)
     assert last == [2, 1, 1, 2]
 
 
 def test_cutting_once_drops_the_oldest_of_many_ties():
     logits = np.zeros((1, 1, 1, 60), np.float32)
-    last, _ = run_scan(logits, settle("tova", 20, {}), 20, once=True)
+    last, _ = run_scan(logits, resolve_options("tova", 20, {}), 20, once=True)
     assert last == [0] * 40 + [1] * 20
 
 
 def test_learned_sinks_take_their_share_of_the_denominator():
     # With a sink as large as the two weights together, each share is halved.
     logits = block([[0.5, 0.5]], n_held=1)
-    rule = settle("h2o", 4, {"granularity": "layer"})
+    rule = resolve_options("h2o", 4, {"granularity": "layer"})
     _, scores = run_scan(logits, rule, 4, sinks=mx.zeros(1))
     assert np.allclose(scores, [0.25, 0.25])
 
 
 def test_scores_before_the_last_rows_are_there_for_the_journal():
     logits = block([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]], n_held=1)
-    rule = settle("h2o", 8, {"granularity": "layer"})
+    rule = resolve_options("h2o", 8, {"granularity": "layer"})
     arguments = (mx.array(logits), mx.arange(3)[None], mx.zeros((1, 3)), None, rule)
     before = scan_block(*arguments, limit=8, n_before=2).before
     assert np.allclose(np.array(before), [[[0, 0, 0], [0.5, 0.5, 0]]])
@@ -155,10 +153,11 @@ KEYS = mx.array([[[[2.0, 0.0], [1.0, 1.0], [5.0, 0.0], [0.0, 0.0]]]])
 
 
 def test_hand_worked_likeness_of_keys():
-    rule = settle("keydiff", 3, {})
+    rule = resolve_options("keydiff", 3, {})
     length = np.hypot(2 + 0.5**0.5, 0.5**0.5)
     want = [(2 + 0.5**0.5) / length, (0.5**0.5 * 2 + 1) / length]
-    scores = key_scores(directions(KEYS), rule)
+    every = mx.ones((1, 1, 4), mx.bool_)
+    scores = rule.score(*rule.prepare(KEYS, KEYS), mx.arange(4)[None, None], every)
     got = np.array(scores)[0, 0]
     # Minus the cosines, up to a constant.
     assert np.allclose(got - got[3], [-want[0], -want[1], -want[0], 0], atol=1e-6)
@@ -168,8 +167,9 @@ def test_hand_worked_likeness_of_keys():
 def test_hand_worked_scan_of_keys():
     # Column 2 comes, 0 and 2 are alike: the older leaves. Column 3 has no direction;
     # 1 and 2 are as far from their mean, so either may leave.
-    rule = settle("keydiff", 2, {})
-    result = scan_keys(KEYS, mx.arange(4)[None], rule, limit=2, n_rows=2)
+    rule = resolve_options("keydiff", 2, {})
+    positions = mx.arange(4, dtype=mx.int32)[None, None]
+    result = scored_scan(KEYS, KEYS, positions, rule, limit=2, length=2)
     first, *others, newest = result.last[0].tolist()
     assert (first, sorted(others), newest) == (0, [1, 2], 2)
 

@@ -37,8 +37,8 @@ def interrupt(model, caches, tokens, layer, where, monkeypatch):
         if where == "attention":
             patch.setattr(caches[layer], "attend", stop, raising=False)
         elif where == "update":
-            patch.setattr(type(caches[layer].slots), "_write", stop)
-            patch.setattr(type(caches[layer].slots), "_numbered", stop)
+            patch.setattr(type(caches[layer].slots), "write_tokens", stop)
+            patch.setattr(type(caches[layer].slots), "_positions", stop)
         else:
             ends = lambda self, x: stop() if self is mlp else call(self, x)  # noqa: E731
             patch.setattr(type(mlp), "__call__", ends)

@@ -12,8 +12,9 @@ from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models import cache as mlx_lm_cache
 from test_cache import CASES, EXTRA
 
-from tova_mlx import convert, make_prompt_cache, trimming
+from tova_mlx import convert, make_prompt_cache
 from tova_mlx.errors import CacheStateError, OptionError
+from tova_mlx.hooks import trimming
 
 LIMIT = 12
 

@@ -19,7 +19,7 @@ from tova_mlx import make_prompt_cache
 from tova_mlx.eviction import choice, kernels, kernels_wanted, scan_block, step_on_gpu
 from tova_mlx.eviction.scan import scan_on_cpu
 from tova_mlx.eviction.step import step_on_cpu
-from tova_mlx.policies import settle
+from tova_mlx.policies import resolve_options
 
 POLICIES = ["tova", "h2o", "vatp", "fade"]
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
@@ -74,7 +74,7 @@ class Case:
         # A step evicts when it has one more than the limit; a scan starts below it.
         self.held = room if n_rows == 1 else int(rng.integers(0, n - n_rows + 1))
         limit = room if n_rows == 1 else max(self.held, n - n_rows // 2 - 1, 4)
-        self.rule = settle(
+        self.rule = resolve_options(
             self.policy, limit, {"granularity": granularity, **protected}
         )
         choosers = n_kv_heads if self.rule.per_head else 1
@@ -195,7 +195,7 @@ def test_a_step_over_as_many_columns_as_promised(kernels_run):
 
 
 def test_one_token_is_its_own_victim(kernels_run):
-    rule = settle("tova", 1, {})
+    rule = resolve_options("tova", 1, {})
     arguments = (mx.zeros((1, 1, 1), mx.int32), None, None, 0, rule)
     scores, victim = step_on_gpu(mx.zeros((1, 4, 1, 1)), *arguments, evicts=True)
     assert (scores.tolist(), victim.tolist()) == ([[[1.0]]], [[[0]]])
@@ -272,7 +272,7 @@ def test_a_cache_is_read_within_its_arrays_after_all_was_trimmed(kernels_run, po
 
 
 def test_a_step_without_scores_begins_at_none(kernels_run):
-    rule = settle("h2o", 4, {"granularity": "layer"})
+    rule = resolve_options("h2o", 4, {"granularity": "layer"})
     logits = mx.random.normal((1, 4, 1, 5))
     positions = mx.arange(5, dtype=mx.int32).reshape(1, 1, 5)
     zeros = mx.zeros((1, 1, 5))
@@ -376,7 +376,7 @@ def seeded_case(number):
     n, n_rows = (45, 9) if number == 2 else (300, 1)
     n_held = n - n_rows
     limit = n_held + (2 if number == 2 else 0)
-    rule = settle("fade", limit, {"n_sinks": 1, "n_recent": 4})
+    rule = resolve_options("fade", limit, {"n_sinks": 1, "n_recent": 4})
     logits = 3 * rng.standard_normal((2, 4, n_rows, n))
     logits[..., 18:25] = -9
     # By then it is dead.

@@ -20,7 +20,9 @@ from tova_mlx import (
     save_prompt_cache,
 )
 from tova_mlx.errors import CacheStateError, OptionError, UnsupportedModelError
-from tova_mlx.storage.packed import Packed, Storage, arrays, product
+from tova_mlx.storage.affine import AffineEntries
+from tova_mlx.storage.entries import arrays_of, product
+from tova_mlx.storage.formats import Storage, storage_for
 
 BITS = [8, (8, 4), 4]
 LIMIT = 12
@@ -38,7 +40,7 @@ def bits_of(options, bits=4):
 
 
 def unpack(rows):
-    if not isinstance(rows, Packed):
+    if not isinstance(rows, AffineEntries):
         return rows
     return mx.dequantize(*rows[:3], group_size=rows.group_size, bits=rows.bits)
 
@@ -52,10 +54,10 @@ def test_packed_rows_are_as_good_as_the_unpacked(
     tokens, sizes = tiny.tokens(60), [30, 1, 1, 1, 9, *[1] * 18]
     caches = make_prompt_cache(model, LIMIT, **options)
     got = tiny.feed(model, tokens, caches, sizes)
-    assert all(isinstance(c.keys, Packed) for c in caches)
-    pack = Storage.pack
+    assert all(isinstance(c.keys, AffineEntries) for c in caches)
+    pack = Storage.store
     monkeypatch.setattr(
-        Storage, "pack", lambda self, k, v: tuple(map(unpack, pack(self, k, v)))
+        Storage, "store", lambda self, k, v: tuple(map(unpack, pack(self, k, v)))
     )
     plain = make_prompt_cache(model, LIMIT, **options)
     want = tiny.feed(model, tokens, plain, sizes)
@@ -129,7 +131,7 @@ def test_bytes_are_as_described_and_fewer(model, policy, bits):
         tiny.feed(model, tiny.tokens(100), some, [50, *[1] * 50])
     report = describe(caches)
     held = sum(
-        a.nbytes for c in caches for rows in c.slots.arrays for a in arrays(rows)
+        a.nbytes for c in caches for rows in c.slots.arrays for a in arrays_of(rows)
     )
     assert held == report.totals["bytes_now"] == report.totals["bytes_at_most"]
     # A head of 32: codes, a scale and a bias for its one group.
@@ -154,7 +156,7 @@ def test_a_cache_is_quantised_on_the_way(model):
     )
     tokens = [int(t) for t, _ in steps]
     assert len(tokens) == 30
-    assert all(isinstance(c.keys, Packed) for c in caches)
+    assert all(isinstance(c.keys, AffineEntries) for c in caches)
     assert all(c.size() == LIMIT and c.offset == 70 for c in caches)
     assert caches[0].to_quantized(32, 8) is caches[0]
     plain = model.make_cache()
@@ -222,7 +224,7 @@ def test_what_cannot_be_quantised_is_refused_when_the_cache_is_made(model, monke
 def test_products_are_those_of_the_unpacked(bits, n_rows):
     mx.random.seed(bits)
     # More slots than a tile, and no multiple of it.
-    rows, _ = Storage(bits, bits, 32).pack(*[mx.random.normal((2, 3, 600, 64))] * 2)
+    rows, _ = storage_for(bits, 32).store(*[mx.random.normal((2, 3, 600, 64))] * 2)
     for transpose, width in ((True, 64), (False, 600)):
         left = mx.random.normal((2, 3, n_rows, width))
         plain = unpack(rows)

@@ -2,27 +2,27 @@ import pytest
 
 from tova_mlx import POLICIES
 from tova_mlx.errors import OptionError
-from tova_mlx.policies import settle
+from tova_mlx.policies import resolve_options
 
 
 def test_defaults_are_those_of_the_papers():
-    assert settle("tova", 64, {}).memory == 0
-    assert settle("tova", 64, {}).n_recent == 0
-    h2o = settle("h2o", 65, {})
+    assert resolve_options("tova", 64, {}).memory == 0
+    assert resolve_options("tova", 64, {}).n_recent == 0
+    h2o = resolve_options("h2o", 65, {})
     assert (h2o.memory, h2o.n_recent, h2o.granularity) == (1, 32, "head")
-    vatp = settle("vatp", 64, {})
+    vatp = resolve_options("vatp", 64, {})
     assert vatp.value_weighted
     assert (vatp.memory, vatp.n_recent, vatp.granularity) == (1, 32, "head")
-    fade = settle("fade", 64, {})
+    fade = resolve_options("fade", 64, {})
     assert (fade.memory, fade.n_recent, fade.granularity) == (0.9, 16, "layer")
-    assert settle("streaming", 64, {}).n_sinks == 4
+    assert resolve_options("streaming", 64, {}).n_sinks == 4
 
 
 @pytest.mark.parametrize("size", [0, -3, 2.0, "8", None, True])
 @pytest.mark.parametrize("policy", [p for p in POLICIES if p != "full"])
 def test_a_size_that_is_no_count_is_refused(policy, size):
     with pytest.raises(OptionError, match=f"{policy}: max_size=.*Use 1 or more"):
-        settle(policy, size, {})
+        resolve_options(policy, size, {})
 
 
 @pytest.mark.parametrize(
@@ -45,9 +45,9 @@ def test_a_size_that_is_no_count_is_refused(policy, size):
 )
 def test_options_that_cannot_work_are_refused(policy, size, options, message):
     with pytest.raises(OptionError, match=message):
-        settle(policy, size, options)
+        resolve_options(policy, size, options)
 
 
 def test_one_token_more_than_the_protected_is_enough():
-    assert settle("streaming", 5, {}).max_size == 5
-    assert settle("h2o", 1, {}).n_recent == 0
+    assert resolve_options("streaming", 5, {}).max_size == 5
+    assert resolve_options("h2o", 1, {}).n_recent == 0

@@ -26,7 +26,7 @@ from tova_mlx import (
     make_prompt_cache,
     save_prompt_cache,
 )
-from tova_mlx.caches.refusals import check_rows
+from tova_mlx.caches.refusals import check_entries
 from tova_mlx.errors import CacheStateError, OptionError
 from tova_mlx.models.saved import fingerprint, prompt_path
 
@@ -382,7 +382,7 @@ def feed_rows(cache, lengths, seed=0):
     for n in lengths:
         q = rows_of(generator, 4, n, 64)
         k, v = rows_of(generator, 2, n, 64), rows_of(generator, 2, n, 32)
-        check_rows(cache.rule, cache.keys, k, cache.values, v)
+        check_entries(cache.rule, cache.keys, k, cache.values, v)
         mask = cache.make_mask(n)
         k, v = cache.update_and_fetch(k, v)
         outputs.append(
@@ -511,13 +511,13 @@ def test_values_must_fit_those_held():
     feed_rows(cache, [5])
     held, values = cache.keys, cache.values
     new = (mx.zeros((1, 2, 1, 64)), mx.zeros((1, 2, 1, 32)))
-    check_rows(cache.rule, held, new[0])
-    check_rows(cache.rule, held, new[0], values, new[1])
+    check_entries(cache.rule, held, new[0])
+    check_entries(cache.rule, held, new[0], values, new[1])
     for wrong in (mx.zeros((1, 2, 1, 64)), mx.zeros((1, 1, 1, 32))):
         with pytest.raises(CacheStateError, match=r"values .* do not"):
-            check_rows(cache.rule, held, new[0], values, wrong)
+            check_entries(cache.rule, held, new[0], values, wrong)
     with pytest.raises(CacheStateError, match="do not belong"):
-        check_rows(cache.rule, None, new[0], None, mx.zeros((1, 2, 2, 32)))
+        check_entries(cache.rule, None, new[0], None, mx.zeros((1, 2, 2, 32)))
 
 
 class Holder(nn.Module):

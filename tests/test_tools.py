@@ -19,9 +19,10 @@ from mlx_lm import cache_prompt, load, server
 from mlx_lm.models import cache as cache_module
 from mlx_lm.models.cache import KVCache
 
-from tova_mlx import conversion, make_prompt_cache
+from tova_mlx import make_prompt_cache
 from tova_mlx.cli import main
 from tova_mlx.cli.tools import replaced
+from tova_mlx.models import conversion
 from tova_mlx.models.report import describe
 from tova_mlx.models.saved import save_prompt_cache
 

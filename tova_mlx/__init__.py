@@ -8,44 +8,71 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .caches.layer import PolicyKVCache, TOVACache
-    from .errors import TovaError
+    from .caches.observing import observe_evictions
+    from .errors import (
+        CacheStateError,
+        EvaluationError,
+        ModelLoadError,
+        OptionError,
+        PromptError,
+        TovaError,
+        UnsupportedModelError,
+    )
     from .models.conversion import convert, make_prompt_cache, revert
     from .models.report import Report, describe
     from .models.saved import load_prompt_cache, save_prompt_cache
-    from .policies import POLICIES
+    from .policies import POLICIES, Policy, register_policy
 
 __version__ = "0.1.0"
 
+_HOMES = {
+    "caches.layer": ("PolicyKVCache", "TOVACache"),
+    "caches.observing": ("observe_evictions",),
+    "errors": (
+        "CacheStateError",
+        "EvaluationError",
+        "ModelLoadError",
+        "OptionError",
+        "PromptError",
+        "TovaError",
+        "UnsupportedModelError",
+    ),
+    "models.conversion": ("convert", "make_prompt_cache", "revert"),
+    "models.report": ("Report", "describe"),
+    "models.saved": ("load_prompt_cache", "save_prompt_cache"),
+    "policies": ("POLICIES", "Policy", "register_policy"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
 __all__ = [
     "POLICIES",
+    "CacheStateError",
+    "EvaluationError",
+    "ModelLoadError",
+    "OptionError",
+    "Policy",
     "PolicyKVCache",
+    "PromptError",
     "Report",
     "TOVACache",
     "TovaError",
+    "UnsupportedModelError",
     "convert",
     "describe",
     "load_prompt_cache",
     "make_prompt_cache",
+    "observe_evictions",
+    "register_policy",
     "revert",
     "save_prompt_cache",
 ]
 
-_HOMES = {
-    "POLICIES": "policies",
-    "PolicyKVCache": "caches.layer",
-    "Report": "models.report",
-    "TOVACache": "caches.layer",
-    "TovaError": "errors",
-    "convert": "models.conversion",
-    "describe": "models.report",
-    "load_prompt_cache": "models.saved",
-    "make_prompt_cache": "models.conversion",
-    "revert": "models.conversion",
-    "save_prompt_cache": "models.saved",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,19 +1,21 @@
-"""Attention of a block of new rows, with evictions between the rows.
+"""Attention of a block of new tokens, with evictions between them.
 
-One matmul for the logits, the scan for who was alive, one masked attention for the
-outputs. Long chunks are cut into blocks and the dead columns dropped between them, so
-that logits stay small and attention costs rows x (max_size + block). How many are
-alive is known beforehand, so nothing here waits for the device.
+One matmul for the logits, the scan for what each query sees, one masked attention for
+the outputs. Long chunks are cut into blocks and the columns evicted dropped between
+them, so that logits stay small and attention costs queries x (max_size + block). How
+many are held is known beforehand, so nothing here waits for the device.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..eviction import cut_once, scan_block, scan_keys
-from ..policies import Rule
-from ..storage.packed import Rows, gather
-from ..storage.slots import Slots, held, numbered
+from ..eviction import ScanResult, cut_once, scan_block, scored_scan
+from ..storage.entries import Entries, first_slots, gather
+from ..storage.fields import position_range, tokens_held
+from ..storage.slots import Slots
+from .arguments import AttentionArgs
 from .logits import masked_logits
 from .softmax import BLOCK, plain_attention
 
@@ -21,168 +23,235 @@ from .softmax import BLOCK, plain_attention
 class BlockResult(NamedTuple):
     """Output [B, n_heads, L, head_dim], and what became of the columns.
 
-    survivors: int32 [B, H', kept] and their scores; gone: the columns that left, in
-    order of step [B, H', n]; before: the scores [B, H', n] of those held before each
-    of the last rows, in order of position (rules with memory).
+    kept: int32 [B, H', n], the columns still held, and their scores; evicted: columns
+    [B, H', n] in order of step; scores_before: the scores [B, H', n] of those held
+    before each of the last steps, in order of position (rules with memory).
     """
 
     output: mx.array
-    survivors: mx.array
+    kept: mx.array
     scores: mx.array
-    gone: mx.array
-    before: list[mx.array]
+    evicted: mx.array
+    scores_before: list[mx.array]
     blocks: list["Block"]
 
 
 class Block(NamedTuple):
-    """Rows start to stop, the columns they may see, and who was alive for each.
+    """Queries start to stop, the columns they may see, and which each one does.
 
-    columns: int32 [B, H', m]; is_first: they are the first m; alive: bool
-    [B, H', rows, m], None until scanned.
+    columns: int32 [B, H', m]; is_first: they are the first m; visible: bool
+    [B, H', L, m], None until scanned.
     """
 
     start: int
     stop: int
     columns: mx.array
     is_first: bool
-    alive: mx.array | None = None
+    visible: mx.array | None = None
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+    def cut(self, entries: Entries) -> Entries:
+        """Return the block's columns of entries."""
+        if self.is_first:
+            return first_slots(entries, self.columns.shape[2])
+        return gather(entries, self.columns)
+
+    def cut_mask(self, args: AttentionArgs, queries: mx.array, columns: int):
+        """Return the model's mask, an array or None, for this block.
+
+        queries: all of them, [B, n_heads, L, D], for their shape; columns: how many
+        there are in all; any axis of the mask may be 1.
+        """
+        mask = args.array_mask
+        if mask is None:
+            return None
+        n_heads, length = queries.shape[1:3]
+        batch, heads, m = self.columns.shape
+        mask = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
+        mask = mx.broadcast_to(mask, (*mask.shape[:2], length, columns))
+        mask = mask[:, :, self.start : self.stop]
+        if self.is_first:
+            return mask[..., :m]
+        index = mx.repeat(self.columns, n_heads // heads, axis=1)[:, :, None]
+        mask = mx.broadcast_to(mask, (batch, n_heads, self.length, columns))
+        index = mx.broadcast_to(index, (batch, n_heads, self.length, m))
+        return mx.take_along_axis(mask, index, axis=3)
 
 
 def attend_block(
     queries: mx.array,
-    keys: Rows,
-    values: Rows,
+    keys: Entries,
+    values: Entries,
+    args: AttentionArgs,
+    slots: Slots,
     *,
-    scale: float,
-    mask: mx.array | str | None,
-    sinks: mx.array | None,
-    stored: Rows,
-    positions: mx.array,
-    scores: mx.array | None,
-    norms: mx.array | None,
-    rule: Rule,
     once: bool,
-    n_before: int,
 ) -> BlockResult:
-    """Outputs and survivors of L rows over the columns held plus their own.
+    """Attend with L queries to the columns held plus their own; evict between them.
 
     queries: [B, n_heads, L, D]; keys, values: [B, n_kv_heads, N, D], N = held + L, in
-    order of position; stored: the cache's own keys, which may be others; positions:
-    int32 [B, H', N]; scores: float32 [B, H', held]; norms: float32 [B, n_kv_heads, N].
-    "causal" is what a row may look at if the mask is no array; n_before: for how many
-    of the last rows `gone` and `before` are wanted.
+    order of position; slots: what the cache stores, as `extend` left it. "causal" is
+    what a query may look at if the mask is not an array; once: evict after the last
+    query only.
     """
     batch, _, length, _ = queries.shape
-    choosers = positions.shape[1]
-    n_held = keys.shape[2] - length
-    living = numbered(batch, choosers, 0, n_held)
-    living_scores = mx.zeros(living.shape) if scores is None else scores
-    outputs, gone, before, blocks = [], [], [], []
+    assert slots.positions is not None
+    n_held, heads = keys.shape[2] - length, slots.positions.shape[1]
+    held = position_range(batch, heads, 0, n_held)
+    scores = mx.zeros(held.shape) if slots.scores is None else slots.scores
+    outputs, evicted, scores_before, blocks = [], [], [], []
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
-        n_rows, n_living = stop - start, living.shape[2]
-        own = numbered(batch, choosers, n_held + start, n_rows)
-        columns = mx.concatenate([living, own], axis=2)
-        m = n_living + n_rows
-        block = Block(start, stop, columns, m == n_held + stop)
-        seen = _cut(block, queries, keys, values, mask)
-        flat = (batch * choosers, m)
-        places = mx.take_along_axis(positions, columns, axis=2).reshape(flat)
-        noted = min(n_rows, max(0, n_before - (length - stop))) if rule.memory else 0
-        lengths = None if norms is None else gather(norms, columns)
-        limit = None if once else rule.max_size
-        if rule.reads_keys:
-            own_keys = _of_block(stored, block)
-            result = scan_keys(own_keys, places, rule, limit=limit, n_rows=n_rows)
-        else:
-            result = scan_block(
-                masked_logits(queries[:, :, start:stop], seen[0], scale, seen[2]),
-                places,
-                mx.pad(living_scores, [(0, 0), (0, 0), (0, n_rows)]).reshape(flat),
-                lengths,
-                rule,
-                limit=limit,
-                n_before=noted,
-                sinks=sinks,
-            )
-        if once and stop == length:
-            result = cut_once(result, places, rule)
-        last = result.last.reshape(batch, choosers, m)
-        kept = held(m, rule.max_size) if stop == length or not once else m
-        order = _first_of(last == n_rows, kept)
-        living = _take(columns, order)
-        living_scores = _take(result.scores.reshape(last.shape), order)
-        if n_before and kept < m:
-            left = mx.argsort(last, axis=-1)[..., : m - kept]
-            gone.append(_take(columns, left))
-        for i in range(noted):
-            row = n_rows - noted + i
-            n = held(n_living + row, rule.max_size)
-            assert result.before is not None
-            scores_before = result.before[:, i].reshape(last.shape)
-            order = _first_of(_alive(last, n_living, row - 1, row), n)
-            before.append(_take(scores_before, order))
-        steps = mx.arange(n_rows)[:, None]
-        alive = _alive(last[:, :, None], n_living, steps, steps)
-        blocks.append(block._replace(alive=alive))
-        outputs.append(_attend(queries, *seen, blocks[-1], scale, sinks))
+        own = position_range(batch, heads, n_held + start, stop - start)
+        columns = mx.concatenate([held, own], axis=2)
+        block = Block(start, stop, columns, columns.shape[2] == n_held + stop)
+        cut = _Cut(block, queries, keys, values, args)
+        # The last steps are of interest for the journal, wherever blocks end.
+        n_before = slots.journal.length - (length - stop)
+        last_of_once = once and stop == length
+        scan = _scan(block, cut, slots, scores, once=once, n_before=n_before)
+        if last_of_once:
+            scan = cut_once(scan, _flat(_take(slots.positions, columns)), slots.rule)
+        steps = _Steps(scan, block)
+        n_kept = columns.shape[2]
+        if not once or last_of_once:
+            n_kept = tokens_held(n_kept, slots.rule.max_size)
+        kept = steps.held_after(n_kept)
+        if slots.logs and n_kept < columns.shape[2]:
+            evicted.append(_take(columns, steps.evicted(columns.shape[2] - n_kept)))
+        scores_before += steps.scores_before(slots.rule.max_size)
+        held, scores = _take(columns, kept), _take(steps.scores, kept)
+        blocks.append(block._replace(visible=steps.visible()))
+        outputs.append(cut.attend(blocks[-1]))
     return BlockResult(
         _joined(outputs),
-        living,
-        living_scores,
-        mx.concatenate(gone, axis=2) if gone else living[..., :0],
-        before,
+        held,
+        scores,
+        mx.concatenate(evicted, axis=2) if evicted else held[..., :0],
+        scores_before,
         blocks,
     )
 
 
 def attend_again(
-    blocks: list[Block],
+    blocks: Sequence[Block],
     queries: mx.array,
-    keys: Rows,
-    values: Rows,
-    *,
-    scale: float,
-    mask: mx.array | str | None,
-    sinks: mx.array | None,
+    keys: Entries,
+    values: Entries,
+    args: AttentionArgs,
 ) -> mx.array:
-    """Attention of other queries to the columns of an `attend_block`, as alive then."""
-    outputs = []
-    for block in blocks:
-        seen = _cut(block, queries, keys, values, mask)
-        outputs.append(_attend(queries, *seen, block, scale, sinks))
-    return _joined(outputs)
+    """Attend with other queries to the columns that an `attend_block` saw."""
+    return _joined([_Cut(b, queries, keys, values, args).attend(b) for b in blocks])
+
+
+class _Cut:
+    """A block's queries, keys, values and mask, out of all that an attention got."""
+
+    def __init__(
+        self,
+        block: Block,
+        queries: mx.array,
+        keys: Entries,
+        values: Entries,
+        args: AttentionArgs,
+    ):
+        self.keys, self.values = block.cut(keys), block.cut(values)
+        self.args = args.with_mask(block.cut_mask(args, queries, keys.shape[2]))
+        self.queries = queries[:, :, block.start : block.stop]
+
+    def attend(self, block: Block) -> mx.array:
+        """Attend to what is visible of the columns."""
+        visible = block.visible
+        assert visible is not None
+        if visible.shape[1] > 1:
+            per_head = self.queries.shape[1] // visible.shape[1]
+            visible = mx.repeat(visible, per_head, axis=1)
+        mask = _merge(visible, self.args.array_mask, self.queries.dtype)
+        args = self.args.with_mask(mask)
+        return plain_attention(self.queries, self.keys, self.values, args)
+
+
+class _Steps:
+    """What a scan says of its columns [B, H', m], step by step."""
+
+    def __init__(self, scan: ScanResult, block: Block):
+        shape = block.columns.shape
+        self.length, self.n_held = block.length, shape[2] - block.length
+        self.last, self.scores = scan.last.reshape(shape), scan.scores.reshape(shape)
+        self._before = scan.before
+
+    def held_after(self, n: int) -> mx.array:
+        """Return the n columns held after the last step [B, H', n], ascending."""
+        return _first_of(self.last == self.length, n)
+
+    def evicted(self, n: int) -> mx.array:
+        """Return the n columns evicted [B, H', n], in order of step."""
+        return mx.argsort(self.last, axis=-1)[..., :n]
+
+    def scores_before(self, limit: int | None) -> list[mx.array]:
+        """Return the scores of those held before each of the last steps."""
+        if self._before is None:
+            return []
+        result, n_before = [], self._before.shape[1]
+        for i in range(n_before):
+            step = self.length - n_before + i
+            n = tokens_held(self.n_held + step, limit)
+            order = _first_of(self._seen(self.last, step - 1, step), n)
+            result.append(_take(self._before[:, i].reshape(self.last.shape), order))
+        return result
+
+    def visible(self) -> mx.array:
+        """Return which columns each query sees, bool [B, H', L, m]."""
+        steps = mx.arange(self.length)[:, None]
+        return self._seen(self.last[:, :, None], steps, steps)
+
+    def _seen(self, last: mx.array, newest: mx.array | int, step: mx.array | int):
+        """The columns held at `step` among those up to that of the step `newest`."""
+        return (mx.arange(last.shape[-1]) <= self.n_held + newest) & (last >= step)
+
+
+def _scan(
+    block: Block,
+    cut: _Cut,
+    slots: Slots,
+    scores: mx.array,
+    *,
+    once: bool,
+    n_before: int,
+) -> ScanResult:
+    """Replay a block's evictions; scores: [B, H', n], of the columns held before."""
+    rule, length = slots.rule, block.length
+    limit = None if once else rule.max_size
+    positions = _take(slots.positions, block.columns)
+    if rule.score is not None:
+        stored = block.cut(slots.keys), block.cut(slots.values)
+        return scored_scan(*stored, positions, rule, limit=limit, length=length)
+    return scan_block(
+        masked_logits(cut.queries, cut.keys, cut.args),
+        _flat(positions),
+        _flat(mx.pad(scores, [(0, 0), (0, 0), (0, length)])),
+        None if slots.value_norms is None else gather(slots.value_norms, block.columns),
+        rule,
+        limit=limit,
+        n_before=min(length, max(0, n_before)) if rule.memory else 0,
+        sinks=cut.args.sinks,
+    )
+
+
+def _flat(array: mx.array) -> mx.array:
+    """[B, H', m] as [B * H', m]."""
+    return array.reshape(-1, array.shape[2])
 
 
 def _joined(outputs: list[mx.array]) -> mx.array:
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
 
-def _attend(
-    queries: mx.array,
-    keys: Rows,
-    values: Rows,
-    mask: mx.array | None,
-    block: Block,
-    scale: float,
-    sinks: mx.array | None,
-) -> mx.array:
-    """Attention of a block's rows to its columns (`_cut`), dead ones left out."""
-    alive = block.alive
-    assert alive is not None
-    if alive.shape[1] > 1:
-        alive = mx.repeat(alive, queries.shape[1] // alive.shape[1], axis=1)
-    return plain_attention(
-        queries[:, :, block.start : block.stop],
-        keys,
-        values,
-        scale=scale,
-        mask=_merge(alive, mask, queries.dtype),
-        sinks=sinks,
-    )
-
-
-def _take(array: mx.array, order: mx.array) -> mx.array:
+def _take(array: mx.array | None, order: mx.array) -> mx.array:
+    assert array is not None
     return mx.take_along_axis(array, order, axis=2)
 
 
@@ -195,52 +264,9 @@ def _first_of(wanted: mx.array, n: int) -> mx.array:
     return mx.argsort(mx.where(wanted, numbers, numbers + m), axis=-1)[..., :n]
 
 
-def _alive(last: mx.array, n_living: int, come: Any, row: Any) -> mx.array:
-    """Who was alive at `row` among those up to the own column of the row `come`."""
-    return (mx.arange(last.shape[-1]) <= n_living + come) & (last >= row)
-
-
-def _of_block(rows: Rows, block: Block) -> Rows:
-    """The columns of a block."""
-    if block.is_first:
-        return Slots.first(rows, block.columns.shape[2])
-    return gather(rows, block.columns)
-
-
-def _cut(
-    block: Block,
-    queries: mx.array,
-    keys: Rows,
-    values: Rows,
-    mask: mx.array | str | None,
-) -> tuple[Rows, Rows, mx.array | None]:
-    """Keys, values and the model's mask [B, n_heads, L, N], cut to a block.
-
-    queries: all of them, [B, n_heads, L, D], for their shape; any axis of the mask may
-    be 1.
-    """
-    n_heads, length = queries.shape[1:3]
-    columns = block.columns
-    batch, choosers, m = columns.shape
-    n_columns = keys.shape[2]
-    keys, values = _of_block(keys, block), _of_block(values, block)
-    if not isinstance(mask, mx.array):
-        return keys, values, None
-    mask = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
-    mask = mx.broadcast_to(mask, (*mask.shape[:2], length, n_columns))
-    mask = mask[:, :, block.start : block.stop]
-    if block.is_first:
-        return keys, values, mask[..., :m]
-    index = mx.repeat(columns, n_heads // choosers, axis=1)[:, :, None]
-    length = block.stop - block.start
-    mask = mx.broadcast_to(mask, (batch, n_heads, length, n_columns))
-    index = mx.broadcast_to(index, (batch, n_heads, length, m))
-    return keys, values, mx.take_along_axis(mask, index, axis=3)
-
-
-def _merge(alive: mx.array, mask: mx.array | None, dtype: mx.Dtype) -> mx.array:
+def _merge(visible: mx.array, mask: mx.array | None, dtype: mx.Dtype) -> mx.array:
     if mask is None:
-        return alive
+        return visible
     if mask.dtype == mx.bool_:
-        return alive & mask
-    return mx.where(alive, mask.astype(dtype), mx.array(-mx.inf, dtype))
+        return visible & mask
+    return mx.where(visible, mask.astype(dtype), mx.array(-mx.inf, dtype))

@@ -1,31 +1,34 @@
-"""Rows of unequal length in one cache: mlx-lm's batch protocol.
+"""Batch rows of unequal length in one cache: mlx-lm's batch protocol.
 
 Each row is what it would be alone. While prompts are read, every row is a cache of its
-own: who leaves is settled row by row anyway. While one token a row is decoded, all rows
+own: victims are chosen row by row anyway. While one token a row is decoded, all rows
 lie in one `Stack` and a step is one operation. Padding is cut off before it comes to a
-row, so it can neither attend, be attended to, take a slot nor leave one.
+row, so it can neither attend, be attended to, take a slot nor be evicted.
 """
 
+from __future__ import annotations
+
 import copy
-import sys
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from ..attention.evicting import attend_and_evict, evict_unseen
-from ..attention.sharing import Given
+from ..attention.arguments import AttentionArgs
+from ..attention.evict import attend_and_evict, mark_oldest
 from ..attention.softmax import attend_newest
 from ..errors import CacheStateError
 from ..hooks.layers import total
-from ..policies import Rule
-from ..storage.packed import Rows, Storage, around, each, join, to_mlx
-from ..storage.slots import held
+from ..storage.entries import Entries, each, join, pad, to_mlx
+from ..storage.fields import tokens_held
 from ..storage.stack import Stack, step_mask
-from .layer import PolicyKVCache
-from .refusals import attended_again, check_values, unattended
+from .base import Pending, PolicyCache, calling_module
+from .refusals import attended_again, check_values
+
+if TYPE_CHECKING:
+    from .layer import PolicyKVCache
 
 # The part of a chunk that is a row's own: from, to.
 Span = tuple[int, int]
@@ -36,38 +39,11 @@ class _Part(NamedTuple):
 
     queries: slice
     columns: slice
-    keys: Rows
-    values: Rows
+    keys: Entries
+    values: Entries
 
 
-class _Made(NamedTuple):
-    """How the rows of a batch were made: what they have in common."""
-
-    kind: type[PolicyKVCache]
-    rule: Rule
-    storage: Storage
-    prefill: str
-    journal: int
-    shares: bool
-
-    @classmethod
-    def of(cls, cache: PolicyKVCache) -> "_Made":
-        slots = cache.slots
-        how = (cache.prefill, slots.journal.length, cache.shares)
-        return cls(type(cache), cache.rule, slots.storage, *how)
-
-    def check(self, other: "_Made") -> None:
-        """Raises CacheStateError for rows that were made otherwise."""
-        for name, mine, theirs in zip(self._fields, self, other, strict=True):
-            if mine != theirs:
-                raise CacheStateError(
-                    f"{self.rule.policy}: caches of different options ({name}: {mine} "
-                    f"and {theirs}) cannot be one batch. Convert the model once, then "
-                    "make all of them."
-                )
-
-
-class BatchPolicyKVCache:
+class BatchPolicyKVCache(PolicyCache):
     """Caches of one row each, as one cache of a layer.
 
     Made by `merge`, as mlx-lm's `BatchGenerator` does. `offset` is an array here: the
@@ -75,40 +51,41 @@ class BatchPolicyKVCache:
     """
 
     def __init__(self, rows: Sequence[PolicyKVCache]):
+        super().__init__(rows[0].rule, rows[0].shares)
         self._rows = list(rows)
         self._stack: Stack | None = None
-        self.rule = rows[0].rule
-        self._made = _Made.of(rows[0])
+        self.kind, self.options = type(rows[0]), rows[0].options
         # Padding on the left, and own tokens after it (None: all that come), per row;
         # how much of both has come.
         self._left = [0] * len(self._rows)
         self._lengths: list[int] | None = None
         self._done = 0
-        # The module whose attention is still to come for the last update.
-        self._awaits: str | None = None
-        # Tokens seen before it, by the row that had seen most.
-        self._before = 0
         # What the last update gave, row by row and joined, until it is attended to.
         self._parts: list[_Part] = []
-        self._joined: list[Rows] = []
-        self._given = Given(rows[0].shares)
+        self._joined: list[Entries] = []
 
     @classmethod
-    def merge(cls, caches: Sequence[PolicyKVCache]) -> "BatchPolicyKVCache":
+    def merge(cls, caches: Sequence[PolicyKVCache]) -> BatchPolicyKVCache:
         """A batch of copies of these caches.
 
         Raises CacheStateError: caches of different rules, or of several rows.
         """
         first = caches[0]
-        made = _Made.of(first)
         for cache in caches:
-            made.check(_Made.of(cache))
+            _check_alike(_made(first), _made(cache))
             if cache.keys is not None and cache.keys.shape[0] != 1:
                 raise CacheStateError(
                     f"{first.rule.policy}: a cache of {cache.keys.shape[0]} rows "
                     "cannot be a row of a batch. Use caches of one row."
                 )
         return cls([copy.deepcopy(c) for c in caches])
+
+    def __repr__(self) -> str:
+        return (
+            f"<{type(self).__name__}({self.rule.max_size}, {self.rule.policy!r}): "
+            f"{len(self._offsets)} rows, holds {self.size()} of "
+            f"{max(self._offsets, default=0)} tokens at most, {self.nbytes:,} bytes>"
+        )
 
     # What mlx-lm does with a batch
 
@@ -127,14 +104,14 @@ class BatchPolicyKVCache:
         if self._lengths is not None:
             self._lengths = [self._lengths[i] for i in indices]
 
-    def extend(self, other: "BatchPolicyKVCache") -> None:
+    def extend(self, other: BatchPolicyKVCache) -> None:
         """Take in the rows of another batch, behind one's own."""
-        if self._pending or other._pending:
+        if self._pads or other._pads:
             raise CacheStateError(
                 f"{self.rule.policy}: rows cannot join while padded prompts are read. "
                 "Call finalize first."
             )
-        self._made.check(other._made)
+        _check_alike(_made(self), _made(other))
         self._rows = [*self._unstacked(), *other._unstacked()]
         self._left = [0] * len(self._rows)
 
@@ -193,18 +170,19 @@ class BatchPolicyKVCache:
             )
         return to_mlx(mask)
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Rows, Rows]:
-        """Store new rows [B, n_kv_heads, L, head_dim]; return all to attend to."""
+    def update_and_fetch(
+        self, keys: mx.array, values: mx.array
+    ) -> tuple[Entries, Entries]:
+        """Store new keys and values [B, n_kv_heads, L, head_dim]; return all to see."""
         length = keys.shape[2]
-        if self._awaits is not None and not self.rule.by_age:
-            raise unattended(self._awaits, self.rule, self._before, length)
+        self._check_attended(length)
         # Before anything is written: a second reference turns a write into a copy.
-        self._given.forget()
+        self._shared.forget()
         self._parts, self._joined = [], []
-        module = sys._getframe(1).f_globals.get("__name__", "the model")
-        self._awaits, self._before = module, max(self._offsets, default=0)
+        module = calling_module()
+        self._pending = Pending(module, max(self._offsets, default=0))
         if not self._steps(length):
-            return self._given.note(self._update_rows(keys, values, module))
+            return self._shared.give(self._update_rows(keys, values, module))
         if self._stack is None:
             parts = [row.slots for row in self._rows]
             self._stack, self._rows = Stack(parts, keys, values), []
@@ -212,54 +190,40 @@ class BatchPolicyKVCache:
         stack = self._stack.twin()
         given = stack.append(keys, values)
         if stack.evicted and self.rule.by_age:
-            evict_unseen(stack)
+            mark_oldest(stack)
         self._stack = stack
-        return self._given.note(given)
+        return self._shared.give(given)
 
-    def attend(
-        self,
-        queries: mx.array,
-        keys: Any,
-        values: Any,
-        *,
-        scale: float,
-        mask: mx.array | str | None,
-        sinks: mx.array | None = None,
+    def _attend(
+        self, queries: mx.array, keys: Entries, values: Entries, args: AttentionArgs
     ) -> mx.array:
-        """Attention of queries [B, n_heads, L, head_dim], as in PolicyKVCache."""
-        how: dict[str, Any] = {"scale": scale, "mask": mask, "sinks": sinks}
-        module = self._awaits
-        if module is None:
-            if self._given.rows is None:
-                raise attended_again(self.rule)
-            return self._given.attend(queries, keys, values, **how)
         if self._stack is None:
             attend = partial(self._attend_rows, self._parts, self._joined)
-            self._given.note_again(attend)
-            output = attend(queries, keys, values, **how)
+            self._shared.attend_with(attend)
+            output = attend(queries, keys, values, args)
             self._parts, self._joined = [], []
-        elif self.rule.by_age:
-            output = attend_newest(queries, keys, values, **how)[0]
-            output = self._stack.tied(output)
-        else:
-            check_values(module, self.rule, self._stack.values, values)
-            stack = self._stack.twin()
-            output = attend_and_evict(stack, queries, keys, values, **how)
-            self._stack = stack
-        self._awaits = None
+            return output
+        if self.rule.by_age:
+            output = attend_newest(queries, keys, values, args)[0]
+            return self._stack.tied(output)
+        assert self._pending is not None
+        check_values(self._pending.module, self.rule, self._stack.values, values)
+        stack = self._stack.twin()
+        output = attend_and_evict(stack, queries, keys, values, args)
+        self._stack = stack
         return output
 
-    def keys_and_values(self) -> tuple[Rows, Rows]:
+    def keys_and_values(self) -> tuple[Entries, Entries]:
         """What the last update gave, for a layer that shares it."""
-        if self._given.rows is None:
+        if self._shared.entries is None:
             raise attended_again(self.rule)
-        return self._given.rows
+        return self._shared.entries
 
     # What is held
 
     def size(self) -> int:
         """Tokens held by the row that holds most."""
-        return held(max(self._offsets, default=0), self.rule.max_size)
+        return tokens_held(max(self._offsets, default=0), self.rule.max_size)
 
     def empty(self) -> bool:
         return not any(self._offsets)
@@ -297,13 +261,13 @@ class BatchPolicyKVCache:
         return [row.offset for row in self._rows]
 
     @property
-    def _pending(self) -> bool:
+    def _pads(self) -> bool:
         """Whether what comes may hold padding."""
         return self._lengths is not None or any(n > self._done for n in self._left)
 
     def _steps(self, length: int) -> bool:
         """Whether a chunk of this length is one token for every row."""
-        return length == 1 and not self._pending
+        return length == 1 and not self._pads
 
     def _cut(self, length: int) -> list[Span]:
         """What of the next chunk is each row's own."""
@@ -319,9 +283,8 @@ class BatchPolicyKVCache:
 
     def _row(self, i: int) -> PolicyKVCache:
         assert self._stack is not None
-        made = self._made
-        part = self._stack.part(i, made.journal)
-        return made.kind.of_slots(part, made.prefill, made.shares)
+        part = self._stack.part(i, self.options.journal)
+        return self.kind.of(self.options, part, self.shares)
 
     def _unstacked(self) -> list[PolicyKVCache]:
         if self._stack is not None:
@@ -331,7 +294,7 @@ class BatchPolicyKVCache:
 
     def _update_rows(
         self, keys: mx.array, values: mx.array, module: str
-    ) -> tuple[Rows, Rows]:
+    ) -> tuple[Entries, Entries]:
         rows, length = self._unstacked(), keys.shape[2]
         before = max(row.size() for row in rows)
         self._parts, padded = [], []
@@ -346,29 +309,27 @@ class BatchPolicyKVCache:
                 given = self._held(row, keys, values)
             queries, columns = slice(start, stop), slice(first, before + stop)
             self._parts.append(_Part(queries, columns, *given))
-            padded.append([around(a, first, length - stop) for a in given])
+            padded.append([pad(a, first, length - stop) for a in given])
         self._done += length
         self._joined = [join(a, axis=0) for a in zip(*padded, strict=True)]
         return self._joined[0], self._joined[1]
 
     @staticmethod
     def _held(row: PolicyKVCache, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
-        """A row that gets padding only: what it holds, none of the new rows' kind."""
+        """What a row that gets padding only holds; none, of the kind stored, if new."""
         if not row.empty():
-            return row.slots.held_rows()
-        new = row.slots.storage.pack(keys[:1, :, :1], values[:1, :, :1])
+            return row.slots.held_entries()
+        new = row.slots.storage.store(keys[:1, :, :1], values[:1, :, :1])
         return each(lambda a: a[:, :, :0], new[0]), each(lambda a: a[:, :, :0], new[1])
 
     def _attend_rows(
         self,
         parts: Sequence[_Part],
-        joined: Sequence[Rows],
+        joined: Sequence[Entries],
         queries: mx.array,
         keys: Any,
         values: Any,
-        *,
-        mask: Any,
-        **how: Any,
+        args: AttentionArgs,
     ) -> mx.array:
         length = queries.shape[2]
         as_given = keys is joined[0] and values is joined[1]
@@ -387,10 +348,9 @@ class BatchPolicyKVCache:
             output = row.attend(
                 queries[i : i + 1, :, part.queries],
                 *mine,
-                mask=_mask_of_row(mask, i, part),
-                **how,
+                **args.with_mask(_mask_of_row(args.mask, i, part))._asdict(),
             )
-            outputs.append(around(output, start, length - stop))
+            outputs.append(pad(output, start, length - stop))
         return mx.concatenate(outputs)
 
 
@@ -404,3 +364,20 @@ def _mask_of_row(mask: Any, row: int, part: _Part) -> Any:
     queries = part.queries if mask.shape[2] > 1 else slice(None)
     columns = part.columns if mask.shape[3] > 1 else slice(None)
     return mask[:, :, queries, columns]
+
+
+def _made(cache: PolicyKVCache | BatchPolicyKVCache) -> dict[str, Any]:
+    """How a cache, or the rows of a batch, were made."""
+    kind = cache.kind if isinstance(cache, BatchPolicyKVCache) else type(cache)
+    return {"kind": kind, "shares": cache.shares, **vars(cache.options)}
+
+
+def _check_alike(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Raise CacheStateError for caches that were made otherwise."""
+    for name, mine in one.items():
+        if mine != other[name]:
+            raise CacheStateError(
+                f"{one['rule'].policy}: caches of different options ({name}: {mine} "
+                f"and {other[name]}) cannot be one batch. Convert the model once, then "
+                "make all of them."
+            )

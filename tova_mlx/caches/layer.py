@@ -5,59 +5,47 @@ the paper's. The order of a step is write, attend, choose the victim. Knows one 
 of rows of equal length.
 """
 
-import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.base import create_causal_mask
 
+from ..attention.arguments import AttentionArgs
 from ..attention.block import attend_again
-from ..attention.evicting import (
+from ..attention.evict import (
     attend_and_evict,
     attend_and_keep,
     evict_oldest,
-    evict_unseen,
+    mark_oldest,
 )
-from ..attention.sharing import Given
+from ..attention.sharing import Shared
 from ..attention.softmax import attend_newest, plain_attention
-from ..errors import CacheStateError
+from ..errors import CacheStateError, OptionError
 from ..eviction import window_mask
-from ..hooks import dispatcher as attention
-from ..hooks import trimming
-from ..policies import Granularity, Rule, settle
-from ..storage.packed import Rows, Storage, storage, to_mlx
+from ..hooks import dispatcher, registration, trimming
+from ..policies import Granularity
+from ..storage.entries import Entries, to_mlx
+from ..storage.formats import storage_for
+from ..storage.observer import Callback, Observer
 from ..storage.slots import Slots
-from ..storage.state import pack, unpack
+from ..storage.state import from_state, to_state
+from .base import Pending, PolicyCache, calling_module
+from .batch import BatchPolicyKVCache
 from .lockstep import Lockstep
-from .refusals import (
-    attended_again,
-    check_options,
-    check_rows,
-    check_values,
-    unattended,
-    windowed,
-)
-
-JOURNAL = 16
+from .options import JOURNAL, CacheOptions
+from .refusals import check_entries, check_values, windowed
 
 
-class _Pending(NamedTuple):
-    """An update that was not attended to yet: who is to, and what there was before."""
-
-    module: str
-    before: Slots
-
-
-class PolicyKVCache:
+class PolicyKVCache(PolicyCache):
     """A key/value cache of one layer that keeps `max_size` tokens under a policy.
 
     Per step the new token is stored, its query attends to everything held, and then,
-    if `max_size + 1` tokens are held, the policy's victim leaves. Feeding a text in
-    chunks of any size keeps the same tokens (`prefill="stepwise"`), up to scores that
-    are equal but for rounding; quantised rows round in every layer.
+    if `max_size + 1` tokens are held, the policy's victim is evicted. Feeding a text in
+    chunks of any size holds the same tokens (`prefill="stepwise"`), up to scores that
+    are equal but for rounding; quantised entries round in every layer.
 
     A forward that fails leaves the cache as it was before it, or with an update that
     nobody attended to: then every use says so until `trim` takes it back.
@@ -70,7 +58,7 @@ class PolicyKVCache:
             to everything in it and is cut once, so the result depends on the chunk
             size); "once" only for policies that read attention.
         journal: how many of the newest tokens can be taken back after something was
-            evicted; each costs a row. 0: none.
+            evicted; each costs the bytes of a token. 0: none.
         kv_bits: None, or 4 or 8 for quantised keys and values, or a pair for each;
             kv_group_size: values that share a scale, 32 or 64.
         options: the policy's own options, see `POLICIES[policy].options`.
@@ -93,25 +81,55 @@ class PolicyKVCache:
         kv_group_size: int = 64,
         **options: Any,
     ):
-        kept = storage(kv_bits, kv_group_size)
-        self._configure(settle(policy, max_size, options), prefill, journal, kept)
+        made = CacheOptions.resolve(
+            max_size,
+            policy,
+            prefill=prefill,
+            journal=journal,
+            kv_bits=kv_bits,
+            kv_group_size=kv_group_size,
+            **options,
+        )
+        self._configure(made)
 
-    def _configure(self, rule: Rule, prefill: str, journal: int, kept: Storage) -> None:
-        check_options(rule, prefill, journal)
-        attention.install()
+    @classmethod
+    def of(
+        cls, options: CacheOptions, slots: Slots | None = None, shares: bool = False
+    ) -> "PolicyKVCache":
+        """A cache made with resolved options; `slots`: what it holds.
+
+        shares: whether other layers attend to what it holds too.
+        """
+        cache = cls.__new__(cls)
+        cache._configure(options, slots, shares)
+        return cache
+
+    def _configure(
+        self, options: CacheOptions, slots: Slots | None = None, shares: bool = False
+    ) -> None:
+        dispatcher.install()
         trimming.install()
         register()
-        self.rule = rule
-        self.prefill = prefill
-        self._slots = Slots(rule, journal, kept)
-        # None as soon as the last update was attended to: a second reference to the
-        # arrays would turn the write, which is evaluated later, into a copy.
-        self._pending: _Pending | None = None
-        self._given = Given()
+        super().__init__(options.rule, shares)
+        self.options = options
+        if slots is None:
+            slots = Slots(options.rule, options.journal, options.storage)
+        self._slots = slots
         # Shared by the caches of one model, see `lockstep`.
         self.lockstep = Lockstep()
 
+    def __repr__(self) -> str:
+        return (
+            f"<{type(self).__name__}({self.max_size}, {self.rule.policy!r}): holds "
+            f"{self.size()} of {self.offset} tokens, {self.nbytes:,} bytes>"
+        )
+
     # What is held
+
+    @property
+    def prefill(self) -> str:
+        """ "stepwise", or "once"."""
+        return self.options.prefill
 
     @property
     def max_size(self) -> int | None:
@@ -124,26 +142,28 @@ class PolicyKVCache:
         return self._slots.offset
 
     @property
-    def keys(self) -> Rows | None:
+    def keys(self) -> Entries | None:
         """All slots [B, n_kv_heads, slots, head_dim], in no order; None if empty."""
         return self._slots.keys
 
     @keys.setter
-    def keys(self, keys: Rows | None) -> None:
+    def keys(self, keys: Entries | None) -> None:
         # mlx-lm's pipelines make them depend on what is sent.
         self._slots.keys = keys
 
     def share(self) -> None:
         """Let other layers attend to what this one does, as of the next update."""
-        self._given = Given(shares=True)
+        self._shared = Shared(shares=True)
+
+    def observe(self, callback: Callback | None) -> None:
+        """Call back for every eviction from now on; None ends it.
+
+        callback: `callback(steps, positions)`, see `observe_evictions`.
+        """
+        self._slots.observer = Observer(callback)
 
     @property
-    def shares(self) -> bool:
-        """Whether other layers attend to what this one does."""
-        return self._given.shares
-
-    @property
-    def values(self) -> Rows | None:
+    def values(self) -> Entries | None:
         """All slots [B, n_kv_heads, slots, head_dim], in no order; None if empty."""
         return self._slots.values
 
@@ -173,16 +193,16 @@ class PolicyKVCache:
         """
         return self._slots.held_positions()
 
-    def keys_and_values(self) -> tuple[Rows, Rows]:
-        """The held rows [B, n_kv_heads, size(), head_dim], in order of position."""
+    def keys_and_values(self) -> tuple[Entries, Entries]:
+        """Keys and values held [B, n_kv_heads, size(), head_dim], by position."""
         if self.empty():
             raise CacheStateError(
                 "An empty cache has no keys. Run the model with it first."
             )
-        if self._given.rows is not None:
+        if self._shared.entries is not None:
             # A layer that shares this one's keys attends to what this one attended to.
-            return self._given.rows
-        return self._slots.held_rows()
+            return self._shared.entries
+        return self._slots.held_entries()
 
     # The model's side
 
@@ -206,76 +226,62 @@ class PolicyKVCache:
 
     def update_and_fetch(
         self, keys: mx.array, values: mx.array, *, module: str | None = None
-    ) -> tuple[Rows, Rows]:
-        """Store new rows [B, n_kv_heads, L, head_dim]; return all to attend to.
+    ) -> tuple[Entries, Entries]:
+        """Store new keys and values [B, n_kv_heads, L, head_dim]; return all to see.
 
         module: who is going to attend; the caller's if not given.
         """
         if self._pending is not None:
-            raise self._unattended()
-        check_rows(self.rule, self.keys, keys)
+            self._check_attended(self.offset - self._pending.offset)
+        check_entries(self.rule, self.keys, keys)
         self.lockstep.enter(self)
         # Before anything is written: a second reference turns a write into a copy.
-        self._given.forget()
+        self._shared.forget()
         rule, length = self.rule, keys.shape[2]
         # Changed apart and put in place at the end: what fails leaves no trace.
         slots = self._slots.twin()
         fits = rule.max_size is None or self.offset + length <= rule.max_size
         # A memory must see every query, so even a chunk that fits is scanned.
         if length == 1 or (fits and not rule.memory):
-            rows = slots.append(keys, values)
+            entries = slots.append(keys, values)
             if slots.evicted and rule.by_age:
-                evict_unseen(slots)
+                mark_oldest(slots)
         else:
-            rows = slots.extend(keys, values)
+            entries = slots.extend(keys, values)
             if rule.by_age:
                 evict_oldest(slots)
         if not rule.by_age:
-            by = module or str(sys._getframe(1).f_globals["__name__"])
-            self._pending = _Pending(by, self._slots)
+            by = module or calling_module()
+            self._pending = Pending(by, self.offset, self._slots)
         self._slots = slots
-        return self._given.note(rows)
+        return self._shared.give(entries)
 
-    def attend(
-        self,
-        queries: mx.array,
-        keys: Rows,
-        values: Rows,
-        *,
-        scale: float,
-        mask: mx.array | str | None,
-        sinks: mx.array | None = None,
+    @property
+    def _may_attend(self) -> bool:
+        return super()._may_attend or self.rule.by_age
+
+    def _attend(
+        self, queries: mx.array, keys: Entries, values: Entries, args: AttentionArgs
     ) -> mx.array:
-        """Attention of queries [B, n_heads, L, head_dim] over what the update gave.
-
-        mask: "causal", bool or additive; sinks: learned logits [n_heads] in the
-        softmax's denominator. Evicts afterwards what the policy says.
-        """
         rule, slots = self.rule, self._slots
-        how: dict[str, Any] = {"scale": scale, "mask": mask, "sinks": sinks}
         one = queries.shape[2] == 1
         if rule.by_age:
             if one and slots.evicted:
-                output = attend_newest(queries, keys, values, **how)[0]
-            else:
-                output = plain_attention(queries, keys, values, **how)
-            return slots.tied(output)
-        if self._pending is None:
-            if self._given.rows is None:
-                raise attended_again(rule)
-            return self._given.attend(queries, keys, values, **how)
+                return slots.tied(attend_newest(queries, keys, values, args)[0])
+            return slots.tied(plain_attention(queries, keys, values, args))
+        assert self._pending is not None
         check_values(self._pending.module, rule, slots.values, values)
         slots = slots.twin()
         if one and (rule.memory or slots.evicted):
-            output = attend_and_evict(slots, queries, keys, values, **how)
+            output = attend_and_evict(slots, queries, keys, values, args)
         elif rule.memory or slots.evicted:
             once = self.prefill == "once"
-            result = attend_and_keep(slots, queries, keys, values, once=once, **how)
-            self._given.note_again(partial(attend_again, result.blocks))
+            result = attend_and_keep(slots, queries, keys, values, args, once=once)
+            self._shared.attend_with(partial(attend_again, result.blocks))
             output = result.output
         else:
-            output = slots.tied(plain_attention(queries, keys, values, **how))
-        self._slots, self._pending = slots, None
+            output = slots.tied(plain_attention(queries, keys, values, args))
+        self._slots = slots
         return output
 
     # Trimming, saving
@@ -316,31 +322,26 @@ class PolicyKVCache:
                 f"{self.rule.policy}: {n} tokens cannot be taken back after "
                 f"{self.offset} seen with max_size={self.max_size} and "
                 f"journal={self.journal}: what they evicted or added to "
-                "scores is gone. Use a longer journal, or start a new cache."
+                "scores is lost. Use a longer journal, or start a new cache."
             )
         before, rest = self._before(n)
         slots = before.twin()
         slots.take_back(rest)
-        self._given.forget()
+        self._shared.forget()
         self._slots, self._pending = slots, None
         return n
 
     def _before(self, n: int) -> tuple[Slots, int]:
-        """What there was before a pending update, and how many of n come before it."""
+        """Return what a pending update found, and how many of n came before it."""
         if self._pending is None:
             return self._slots, n
-        before = self._pending.before
+        before = self._pending.slots
         return before, n - (self.offset - before.offset)
 
-    def _unattended(self) -> Exception:
-        assert self._pending is not None
-        before = self._pending.before.offset
-        return unattended(self._pending.module, self.rule, before, self.offset - before)
-
-    def _settled(self) -> Slots:
-        """The slots, with nothing pending. Raises as the next update would."""
+    def _attended(self) -> Slots:
+        """Return the slots, with nothing pending. Raises as the next update would."""
         if self._pending is not None:
-            raise self._unattended()
+            self._check_attended(self.offset - self._pending.offset)
         return self._slots
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> "PolicyKVCache":
@@ -348,25 +349,32 @@ class PolicyKVCache:
 
         One that is quantised already stays as it is.
         """
-        slots = self._settled()
-        if slots.storage.key_bits is not None:
+        slots = self._attended()
+        if not slots.storage.is_plain:
             return self
-        kept = storage(bits, group_size)
+        stored = storage_for(bits, group_size)
         twin = slots.twin()
-        twin.storage, twin.journal = kept, slots.journal.empty()
-        if twin.keys is not None and twin.values is not None:
-            twin.keys, twin.values = kept.pack(twin.keys, twin.values)
-        return self.of_slots(twin, self.prefill, self.shares)
+        twin.storage, twin.journal = stored, slots.journal.empty()
+        if twin.keys is not None:
+            twin.keys, twin.values = stored.store(twin.keys, twin.values)
+        return self.of(replace(self.options, storage=stored), twin, self.shares)
 
     @property
     def state(self) -> tuple[Any, ...]:
         """Arrays and scalars that `from_state` rebuilds the cache from."""
-        return pack(self._settled(), prefill=self.prefill, shares=self.shares)
+        return to_state(self._attended(), prefill=self.prefill, shares=self.shares)
 
     @state.setter
     def state(self, state: tuple[Any, ...]) -> None:
-        slots, how = unpack(state)
-        self._take(slots, **how)
+        slots, how = from_state(state)
+        journal = slots.journal.length
+        try:
+            made = CacheOptions(slots.rule, slots.storage, how["prefill"], journal)
+        except OptionError as error:
+            raise CacheStateError(
+                f"This is not the state of a tova_mlx cache ({error})."
+            ) from error
+        self._configure(made, slots, how["shares"])
 
     @classmethod
     def from_state(cls, state: tuple[Any, ...]) -> "PolicyKVCache":
@@ -380,26 +388,11 @@ class PolicyKVCache:
         """What is held, and where."""
         return self._slots
 
-    @classmethod
-    def of_slots(cls, slots: Slots, prefill: str, shares: bool) -> "PolicyKVCache":
-        """A cache that holds these; `shares`: other layers attend to them too."""
-        cache = cls.__new__(cls)
-        cache._take(slots, prefill, shares)
-        return cache
-
-    def _take(self, slots: Slots, prefill: str, shares: bool) -> None:
-        self._configure(slots.rule, prefill, slots.journal.length, slots.storage)
-        self._slots = slots
-        if shares:
-            self.share()
-
     # Batches
 
     @staticmethod
     def merge(caches: Sequence["PolicyKVCache"]) -> Any:
         """A `BatchPolicyKVCache` of copies of these caches."""
-        from .batch import BatchPolicyKVCache
-
         return BatchPolicyKVCache.merge(caches)
 
 
@@ -407,7 +400,7 @@ class TOVACache(PolicyKVCache):
     """A key/value cache of one layer that keeps the tokens most attended last.
 
     After each token has attended, the token that it attended to least, on the mean
-    over the heads, leaves. Nothing else is protected: not the first tokens, not the
+    over the heads, is evicted. Nothing else is protected: not the first tokens, not the
     newest.
 
     Args:
@@ -458,7 +451,12 @@ class TOVACache(PolicyKVCache):
         )
 
 
+def new_cache(options: CacheOptions) -> PolicyKVCache:
+    """Return an empty cache made with resolved options."""
+    kind = TOVACache if options.rule.policy == "tova" else PolicyKVCache
+    return kind.of(options)
+
+
 def register() -> None:
     """Name the classes where mlx-lm's `load_prompt_cache` looks them up."""
-    for kind in (PolicyKVCache, TOVACache):
-        setattr(mlx_lm_cache, kind.__name__, kind)
+    registration.install(PolicyKVCache, TOVACache)

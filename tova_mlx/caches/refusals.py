@@ -1,47 +1,18 @@
 """What a cache cannot be right with: refused, with the reason and the next move."""
 
-from typing import Any
-
-from ..errors import CacheStateError, OptionError, UnsupportedModelError
+from ..errors import CacheStateError, UnsupportedModelError
 from ..policies import Rule
-from ..storage.packed import Rows
-
-# Tokens that a cache can be asked to be able to take back.
-MOST_JOURNAL = 4096
+from ..storage.entries import Entries
 
 
-def check_options(rule: Rule, prefill: Any, journal: Any) -> None:
-    """Raises OptionError."""
-    if prefill not in ("stepwise", "once"):
-        raise OptionError(
-            f"{rule.policy}: prefill={prefill!r} is not known. "
-            "Use 'stepwise' or 'once'."
-        )
-    if prefill == "once" and not rule.reads_attention:
-        raise OptionError(
-            f"{rule.policy} does not read prefill='once': it cuts by attention. "
-            "Leave it out."
-        )
-    if isinstance(journal, bool) or not isinstance(journal, int) or journal < 0:
-        raise OptionError(
-            f"{rule.policy}: journal={journal!r} is not a whole number of tokens. "
-            "Use 0 or more."
-        )
-    if journal > MOST_JOURNAL:
-        raise OptionError(
-            f"{rule.policy}: journal={journal} keeps a row of keys and values for each "
-            f"of as many tokens. Use at most {MOST_JOURNAL}."
-        )
-
-
-def check_rows(
+def check_entries(
     rule: Rule,
-    held: Rows | None,
-    keys: Rows,
-    held_values: Rows | None = None,
-    values: Rows | None = None,
+    held: Entries | None,
+    keys: Entries,
+    held_values: Entries | None = None,
+    values: Entries | None = None,
 ) -> None:
-    """New rows must fit those held, and each other. Raises CacheStateError."""
+    """Check that new entries fit those held, and each other. Raises CacheStateError."""
     if values is not None and values.shape[:3] != keys.shape[:3]:
         raise CacheStateError(
             f"{rule.policy}: values {list(values.shape)} do not belong to keys "
@@ -58,8 +29,10 @@ def check_rows(
             )
 
 
-def check_values(module: str, rule: Rule, stored: Rows | None, values: Rows) -> None:
-    """Head by head, and by value, only if the stored heads are the attended.
+def check_values(
+    module: str, rule: Rule, stored: Entries | None, values: Entries
+) -> None:
+    """Check that a model attends to the heads that it stores, where that matters.
 
     Raises UnsupportedModelError.
     """
@@ -81,7 +54,7 @@ def check_values(module: str, rule: Rule, stored: Rows | None, values: Rows) -> 
 
 
 def unseen(module: str, policy: str) -> UnsupportedModelError:
-    """What to raise for a model that attends by itself."""
+    """Return what to raise for a model that attends by itself."""
     return UnsupportedModelError(
         f"{module} computes its own attention, so {policy} cannot see its "
         "queries. Use policy window or streaming, or another model."
@@ -91,7 +64,7 @@ def unseen(module: str, policy: str) -> UnsupportedModelError:
 def unattended(
     module: str, rule: Rule, before: int, stored: int
 ) -> UnsupportedModelError | CacheStateError:
-    """What to raise if `stored` tokens after `before` were never attended to."""
+    """Return what to raise if `stored` tokens after `before` were never attended to."""
     if before:
         return CacheStateError(
             f"{rule.policy}: the last forward was interrupted after a layer had stored "
@@ -107,7 +80,7 @@ def unattended(
 
 
 def windowed(rule: Rule, window_size: int, tokens: int) -> UnsupportedModelError:
-    """What to raise for a layer that wants a window after as many tokens."""
+    """Return what to raise for a layer that wants a window after as many tokens."""
     return UnsupportedModelError(
         f"{rule.policy}: a layer wants a sliding window of {window_size} tokens, which "
         f"a bounded cache of other tokens cannot give. Use max_size={tokens} or more, "
@@ -116,7 +89,7 @@ def windowed(rule: Rule, window_size: int, tokens: int) -> UnsupportedModelError
 
 
 def attended_again(rule: Rule) -> UnsupportedModelError:
-    """What to raise for a second attention to keys that are not known to be shared."""
+    """Return what to raise for a second attention to keys not known to be shared."""
     return UnsupportedModelError(
         "A layer attends a second time to one cache update, which "
         f"{rule.policy} follows only in caches that `make_prompt_cache` or `convert` "

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from ..errors import OptionError
-from ..policies import ATTENTION_OPTIONS, POLICIES, settle
+from ..policies import POLICIES, POLICY_OPTIONS, resolve_options
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -30,6 +30,21 @@ class Finite(click.FloatRange):
         if not isfinite(number):
             self.fail(f"{value} is not a finite number.", param, ctx)
         return number
+
+
+class PolicyName(click.ParamType):
+    """The name of a policy, of this package or any that is registered."""
+
+    name = "policy"
+
+    def get_metavar(self, param: click.Parameter, ctx: Any = None) -> str:
+        return f"[{'|'.join(POLICIES)}]"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        if value not in POLICIES:
+            known = ", ".join(map(repr, POLICIES))
+            self.fail(f"{value!r} is not one of {known}.", param, ctx)
+        return value
 
 
 TEXT_FILE = UserPath(exists=True, dir_okay=False, path_type=Path)
@@ -61,7 +76,7 @@ def cache_options(command: F) -> F:
         [
             click.option(
                 "--policy",
-                type=click.Choice(list(POLICIES)),
+                type=PolicyName(),
                 default="tova",
                 show_default=True,
                 help="Which tokens are kept.",
@@ -175,7 +190,7 @@ def sampling_options(command: F) -> F:
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
     """The policy's options that were given on the command line."""
-    return {k: options[k] for k in ATTENTION_OPTIONS if options[k] is not None}
+    return {k: options[k] for k in POLICY_OPTIONS if options[k] is not None}
 
 
 def check(options: dict[str, Any]) -> None:
@@ -192,14 +207,12 @@ def check(options: dict[str, Any]) -> None:
 def check_policy(policy: str, max_kv_size: int, options: Mapping[str, Any]) -> None:
     """Refuse a size or options that the policy cannot work with. Raises UsageError."""
     try:
-        settle(policy, max_kv_size, options)
+        resolve_options(policy, max_kv_size, options)
     except OptionError as error:
         raise click.UsageError(in_options(str(error))) from error
 
 
-_NAMES = "|".join(
-    ("max_size", "prefill", "kv_bits", "kv_group_size", *ATTENTION_OPTIONS)
-)
+_NAMES = "|".join(("max_size", "prefill", "kv_bits", "kv_group_size", *POLICY_OPTIONS))
 # With a value; and without one, in a list of options or in "Leave kv_bits out".
 _GIVEN = re.compile(rf"(?<= )({_NAMES})='?(\w[\w.]*\b)'?")
 _NAMED = re.compile(rf"(?<=[:,] )({_NAMES})(?=[,.])|(?<=[Ll]eave )kv_bits")

@@ -53,7 +53,7 @@ def serve(
     path = directory(options["model"])
     from mlx_lm import server
 
-    from ..caches.layer import JOURNAL
+    from ..caches.options import JOURNAL
     from ..hooks.server import Listener, PromptStore, Provider, request_handler
 
     _make_hub_cache()

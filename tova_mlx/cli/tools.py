@@ -38,7 +38,7 @@ def run_tool(
     load_openblas()
     import mlx.core as mx
 
-    from ..caches.layer import JOURNAL
+    from ..caches.options import JOURNAL
     from ..models.conversion import convert
     from .prompts import PromptFile, check_place
 

@@ -19,7 +19,7 @@ tokens is the same for every policy. Its tags are NLTK's, ours those of `kinds`.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
-from mlx_lm.models.cache import CacheList
 
 from ..caches.layer import PolicyKVCache
+from ..caches.observing import observe_evictions
 from ..errors import EvaluationError
 from ..hooks.layers import leaves
-from ..policies import POLICIES, Rule
-from ..storage.packed import Storage, gather
-from ..storage.slots import Slots
+from ..policies import POLICIES
 from .kinds import ENOUGH, KINDS
 from .plots import new_figure, save, style
 from .reading import Progress, new_cache, read
@@ -43,6 +41,8 @@ from .statistics import mean_with_error
 
 # The step at which each token left, int32 [H', T]; T for one still there.
 Gone = npt.NDArray[np.int32]
+# Steps [n], and the positions evicted after each [H', n].
+Evicted = tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]
 
 # How many of the first tokens are looked at one by one.
 N_FIRST = 4
@@ -73,67 +73,32 @@ def departures(
 
     options: the policy's own.
     """
-    caches = [_watched(c) for c in new_cache(model, setting, **options)]
-    noted: list[tuple[int, PolicyKVCache, list[Gone]]] = [
-        (layer, leaf, [])
-        for layer, cache in enumerate(caches)
-        for leaf in leaves([cache])
-        if isinstance(leaf, PolicyKVCache)
-    ]
-    for _ in read(model, mx.array([ids]), caches, step, progress):
-        for _, cache, parts in noted:
-            assert isinstance(cache.slots, _Watched)
-            parts.append(cache.slots.left())
-    layers: dict[int, list[Gone]] = {}
-    for layer, cache, parts in noted:
-        # Some models make caches that they do not use.
-        if not cache.empty():
-            layers.setdefault(layer, []).append(_steps(cache, parts))
-    return {layer: np.concatenate(several) for layer, several in layers.items()}
+    caches = list(new_cache(model, setting, **options))
+    new: list[tuple[int, Sequence[int], mx.array]] = []
+    evicted: dict[int, list[Evicted]] = {}
+    with observe_evictions(caches, lambda *eviction: new.append(eviction)):
+        for _ in read(model, mx.array([ids]), caches, step, progress):
+            # Now: what waits would keep the arrays of every step alive.
+            for layer, steps, positions in new:
+                parts = evicted.setdefault(layer, [])
+                parts.append((np.array(steps), np.array(positions[0])))
+            new.clear()
+    layers: dict[int, Gone] = {}
+    for layer, cache in enumerate(caches):
+        for leaf in leaves([cache]):
+            # Some models make caches that they do not use.
+            if isinstance(leaf, PolicyKVCache) and not leaf.empty():
+                layers[layer] = _last_steps(leaf.offset, evicted[layer])
+    return layers
 
 
-class _Watched(Slots):
-    """Slots that say which tokens left."""
-
-    def __init__(self, rule: Rule, storage: Storage):
-        # Without a journal a block does not tell who left.
-        super().__init__(rule, 1, storage)
-        self._left: mx.array | None = None
-
-    def note_gone(self, columns: mx.array) -> None:
-        if columns.size:
-            self._left = gather(self.positions, columns)
-        super().note_gone(columns)
-
-    def left(self) -> Gone:
-        """Positions [H', n] of those that left in the last update, in order of step."""
-        left, self._left = self._left, None
-        if self.victim is not None:
-            left = gather(self.positions, self.victim)
-        if left is None:
-            return np.zeros((1, 0), np.int32)
-        return np.array(left[0])
-
-
-def _watched(cache: Any) -> Any:
-    if type(cache) is CacheList:
-        return CacheList(*map(_watched, cache.caches))
-    if not isinstance(cache, PolicyKVCache):
-        return cache
-    slots = _Watched(cache.rule, cache.slots.storage)
-    return PolicyKVCache.of_slots(slots, cache.prefill, cache.shares)
-
-
-def _steps(cache: PolicyKVCache, parts: list[Gone]) -> Gone:
-    """The steps [H', T] of those that left in turn: one a step, once it is full."""
-    # Updates that evicted nothing do not know H'.
-    some = [part for part in parts if part.size] or parts[:1]
-    left = np.concatenate(some, axis=1)
-    assert left.shape[1] == cache.offset - cache.size(), "an eviction was missed"
-    gone = np.full((len(left), cache.offset), cache.offset, np.int32)
-    steps = np.arange(cache.size(), cache.offset)
-    np.put_along_axis(gone, left, np.broadcast_to(steps, left.shape), axis=1)
-    return gone
+def _last_steps(n_tokens: int, evicted: list[Evicted]) -> Gone:
+    """The steps [H', T] after which each token was evicted; T if it never was."""
+    steps = np.concatenate([steps for steps, _ in evicted])
+    positions = np.concatenate([places for _, places in evicted], axis=1)
+    last = np.full((len(positions), n_tokens), n_tokens, np.int32)
+    np.put_along_axis(last, positions, np.broadcast_to(steps, positions.shape), axis=1)
+    return last
 
 
 def recent_share(gone: Gone, size: int, newest: int) -> npt.NDArray[np.float64]:

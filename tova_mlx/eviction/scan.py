@@ -1,10 +1,10 @@
-"""The prefill scan: replays the evictions of a block of rows on its logits.
+"""The prefill scan: replays the evictions of a block of tokens on its logits.
 
-Within a layer, who leaves depends only on that layer's queries and keys, so the
-logits of a whole block come from one matmul and only the bookkeeping is sequential.
+Within a layer, which token is evicted depends only on that layer's queries and keys, so
+the logits of a whole block come from one matmul and only the bookkeeping is sequential.
 This is the portable NumPy version; the Metal one is in `kernels`. R below is [B * H']
 flattened, H' = 1 (layer) or n_kv_heads (head); N = n_held + L columns in order of
-position; row i's own token is column n_held + i.
+position; the token of step i is column n_held + i.
 """
 
 from typing import NamedTuple
@@ -14,22 +14,22 @@ import numpy as np
 import numpy.typing as npt
 
 from ..policies import Rule
-from ..storage.packed import to_mlx
+from ..storage.entries import to_mlx
 
 Floats = npt.NDArray[np.float32]
 
-# Below this the living columns share so little of a row's exponentials, taken against
-# the maximum over dead columns too, that they are taken again without the dead.
+# Below this the columns held share so little of a query's exponentials, taken against
+# the maximum over evicted columns too, that they are taken again without the evicted.
 _LOST = np.float32(1e-20)
 _TINY = np.float32(1e-38)
 
 
 class ScanResult(NamedTuple):
-    """Until when each column was alive, and what it was worth.
+    """Until when each column was held, and what it was worth.
 
-    last: int32 [R, N], the last row that saw the column, L if it is still there;
-    scores: float32 [R, N] after the last row; before: float32 [R, n_before, N], the
-    scores before each of the last rows.
+    last: int32 [R, N], the last step that saw the column, L if it is still held;
+    scores: float32 [R, N] after the last step; before: float32 [R, n_before, N], the
+    scores before each of the last steps.
     """
 
     last: mx.array
@@ -41,7 +41,7 @@ def scan_on_cpu(
     logits: mx.array,
     positions: mx.array,
     scores: mx.array,
-    norms: mx.array | None,
+    value_norms: mx.array | None,
     rule: Rule,
     *,
     limit: int | None,
@@ -50,88 +50,127 @@ def scan_on_cpu(
 ) -> ScanResult:
     """Replay L steps on logits [B, n_heads, L, N], -inf where a mask hides.
 
-    What comes after a row need not be hidden. positions: int32 [R, N]; scores: float32
-    [R, N], 0 in the block's own columns; norms: float32 [B, n_kv_heads, N] for
-    value-weighted rules; limit: tokens kept after each step, None for all; n_before:
-    for how many of the last rows `before` is wanted; sinks: learned logits [n_heads]
-    in the denominator.
+    What comes after a query need not be hidden. positions: int32 [R, N]; scores:
+    float32 [R, N], 0 in the block's own columns; value_norms: float32
+    [B, n_kv_heads, N] for value-weighted rules; limit: tokens held after each step,
+    None for all; n_before: for how many of the last steps `before` is wanted; sinks:
+    learned logits [n_heads] in the denominator.
     """
-    batch, n_heads, length, columns = logits.shape
+    length, columns = logits.shape[2:]
     n_held = columns - length
-    causal = mx.arange(n_held, columns)[:, None] >= mx.arange(columns)
-    seen = mx.where(causal, logits.astype(mx.float32), -mx.inf)
-    rows = np.array(seen, copy=False)
-    n_rows = positions.shape[0]
-    heads = batch * n_heads // n_rows
-    rows = rows.reshape(n_rows, heads, length, columns)
-    sink = None
-    if sinks is not None:
-        learned = np.array(sinks.astype(mx.float32))
-        sink = np.tile(learned, batch).reshape(n_rows, heads)
-    factors = None
-    if norms is not None:
-        repeated = np.repeat(np.array(norms), n_heads // norms.shape[1], axis=1)
-        factors = np.nan_to_num(repeated.reshape(n_rows, heads, columns), nan=0.0)
-    top = _top(rows, sink[:, :, None] if sink is not None else None)
-    doubtful = ~np.isfinite(top)
-    exponentials = _exp(rows, top)
-    extra = np.zeros_like(top)
-    if sink is not None:
-        extra = _exp(sink[:, :, None, None], top)[..., 0]
-
-    places = np.array(positions)
-    living = np.zeros((n_rows, columns), np.float32)
-    living[:, :n_held] = 1
-    # Added to the scores: 0 where a token may leave, inf where it may not.
-    barred = np.where(living > 0, np.float32(0), np.float32(np.inf))
-    barred[places < rule.n_sinks] = np.inf
-    last = np.full((n_rows, columns), length, np.int32)
-    current = np.array(scores)
-    memory = np.float32(rule.memory)
+    weights = _Weights(logits, positions.shape[0], value_norms, sinks)
+    tokens = _Tokens(np.array(positions), n_held, rule)
+    memory, current = np.float32(rule.memory), np.array(scores)
     before = []
-    every_row = np.arange(n_rows)
-    first = int(places[0, n_held])
-
-    for i in range(length):
-        own = n_held + i
-        living[:, own] = 1
-        if first + i >= rule.n_sinks:
-            barred[:, own] = 0
-        if i >= length - n_before:
+    for step in range(length):
+        tokens.arrive(step)
+        if step >= length - n_before:
             before.append(current)
-        evicts = limit is not None and own + 1 > limit
-        if not (evicts or memory or i == length - 1):
+        evicts = limit is not None and n_held + step + 1 > limit
+        if not (evicts or memory or step == length - 1):
             continue
-        row = exponentials[:, :, i]
-        total = np.matmul(row, living[:, :, None])[..., 0] + extra[:, :, i]
-        broken = None
-        if total.min() < _LOST or doubtful[:, :, i].any():
-            visible = np.where(living[:, None] > 0, rows[:, :, i], -np.inf)
-            highest = _top(visible, sink)
-            row = _exp(visible, highest)
-            total = row.sum(axis=-1)
-            if sink is not None:
-                total += _exp(sink[..., None], highest)[..., 0]
-            total = np.maximum(total, _TINY)
-            broken = ~np.isfinite(highest).all(axis=1)
-        if factors is not None:
-            row = row * factors
-        received = (row * np.reciprocal(total)[:, :, None]).sum(axis=1)
-        received *= np.float32(1 / heads)
-        if broken is not None:
-            received[broken] = 0
+        received = weights.received(step, tokens.held)
         current = current * memory + received if memory else received
         if evicts:
-            ranks = current + barred
-            if rule.n_recent:
-                recent = places > first + i - rule.n_recent
-                ranks = np.where(recent, np.float32(np.inf), ranks)
-            victims = np.argmin(ranks, axis=1)
-            living[every_row, victims] = 0
-            barred[every_row, victims] = np.inf
-            last[every_row, victims] = i
+            tokens.evict_lowest(step, current)
     earlier = to_mlx(np.stack(before, axis=1)) if before else None
-    return ScanResult(to_mlx(last), to_mlx(current), earlier)
+    return ScanResult(to_mlx(tokens.last), to_mlx(current), earlier)
+
+
+class _Tokens:
+    """Which columns are held, and which may be evicted."""
+
+    def __init__(self, positions: npt.NDArray[np.int32], n_held: int, rule: Rule):
+        self.positions, self.n_held, self.rule = positions, n_held, rule
+        self.held = np.zeros(positions.shape, np.float32)
+        self.held[:, :n_held] = 1
+        # Added to the scores: 0 where a token may be evicted, inf where it may not.
+        self._barred = np.where(self.held > 0, np.float32(0), np.float32(np.inf))
+        self._barred[positions < rule.n_sinks] = np.inf
+        self._first = int(positions[0, n_held])
+        self._each = np.arange(len(positions))
+        self.last = np.full(positions.shape, positions.shape[1] - n_held, np.int32)
+
+    def arrive(self, step: int) -> None:
+        """Hold the token of this step."""
+        own = self.n_held + step
+        self.held[:, own] = 1
+        if self._first + step >= self.rule.n_sinks:
+            self._barred[:, own] = 0
+
+    def evict_lowest(self, step: int, scores: Floats) -> None:
+        """Evict the lowest score that is not protected; ties go to the oldest."""
+        ranks = scores + self._barred
+        if self.rule.n_recent:
+            recent = self.positions > self._first + step - self.rule.n_recent
+            ranks = np.where(recent, np.float32(np.inf), ranks)
+        victims = np.argmin(ranks, axis=1)
+        self.held[self._each, victims] = 0
+        self._barred[self._each, victims] = np.inf
+        self.last[self._each, victims] = step
+
+
+class _Weights:
+    """What each column receives of a query's attention: the mean over the heads.
+
+    The exponentials of all queries are taken at once, as if nothing was evicted.
+    """
+
+    def __init__(
+        self,
+        logits: mx.array,
+        n_choices: int,
+        value_norms: mx.array | None,
+        sinks: mx.array | None,
+    ):
+        batch, n_heads, length, columns = logits.shape
+        self._heads = batch * n_heads // n_choices
+        shape = (n_choices, self._heads)
+        causal = mx.arange(columns - length, columns)[:, None] >= mx.arange(columns)
+        seen = mx.where(causal, logits.astype(mx.float32), -mx.inf)
+        self._logits = np.array(seen, copy=False).reshape(*shape, length, columns)
+        self._sinks = self._norms = None
+        if sinks is not None:
+            learned = np.array(sinks.astype(mx.float32))
+            self._sinks = np.tile(learned, batch).reshape(shape)
+        if value_norms is not None:
+            per_head = n_heads // value_norms.shape[1]
+            norms = np.repeat(np.array(value_norms), per_head, axis=1)
+            self._norms = np.nan_to_num(norms.reshape(*shape, columns), nan=0.0)
+        sink = None if self._sinks is None else self._sinks[:, :, None]
+        top = _top(self._logits, sink)
+        self._doubtful = ~np.isfinite(top)
+        self._exponentials = _exp(self._logits, top)
+        self._extra = np.zeros_like(top)
+        if sink is not None:
+            self._extra = _exp(sink[..., None], top)[..., 0]
+
+    def received(self, step: int, held: Floats) -> Floats:
+        """Return what each column [R, N] receives from the query of this step."""
+        weights = self._exponentials[:, :, step]
+        total = np.matmul(weights, held[:, :, None])[..., 0] + self._extra[:, :, step]
+        broken = None
+        if total.min() < _LOST or self._doubtful[:, :, step].any():
+            weights, total, broken = self._without_evicted(step, held)
+        if self._norms is not None:
+            weights = weights * self._norms
+        received = (weights * np.reciprocal(total)[:, :, None]).sum(axis=1)
+        received *= np.float32(1 / self._heads)
+        if broken is not None:
+            received[broken] = 0
+        return received
+
+    def _without_evicted(
+        self, step: int, held: Floats
+    ) -> tuple[Floats, Floats, npt.NDArray[np.bool_]]:
+        """Exponentials against the maximum of the held, totals, and what is broken."""
+        visible = np.where(held[:, None] > 0, self._logits[:, :, step], -np.inf)
+        top = _top(visible, self._sinks)
+        weights = _exp(visible, top)
+        total = weights.sum(axis=-1)
+        if self._sinks is not None:
+            total += _exp(self._sinks[..., None], top)[..., 0]
+        return weights, np.maximum(total, _TINY), ~np.isfinite(top).all(axis=1)
 
 
 def _top(logits: Floats, sink: Floats | None) -> Floats:
@@ -141,7 +180,7 @@ def _top(logits: Floats, sink: Floats | None) -> Floats:
 
 
 def _exp(logits: Floats, top: Floats) -> Floats:
-    """exp(logits - top), 0 in hidden rows and in rows that are not numbers."""
+    """exp(logits - top), 0 where all is hidden or not a number."""
     shift = np.where(np.isfinite(top), top, 0).astype(np.float32)
     result = logits - shift[..., None]
     np.exp(result, out=result)

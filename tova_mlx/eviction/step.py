@@ -12,20 +12,20 @@ _NEVER = 2**31 - 1
 
 
 def update_scores(
-    weights: mx.array, norms: mx.array | None, scores: mx.array | None, rule: Rule
+    weights: mx.array, value_norms: mx.array | None, scores: mx.array | None, rule: Rule
 ) -> mx.array:
     """One step of the recurrence in `policies.base`.
 
-    weights: float32 [B, n_kv_heads, G, S], the newest query's; norms: float32
-    [B, n_kv_heads, S] for value-weighted rules; scores: float32 [R, S] or None.
+    weights: float32 [B, n_kv_heads, G, S], the newest query's; value_norms:
+    float32 [B, n_kv_heads, S] for value-weighted rules; scores: float32 [R, S] or None.
     Returns float32 [R, S]. A weight that is not a number counts as 0, so that one
-    broken row cannot poison what a policy remembers.
+    broken query cannot poison what a policy remembers.
     """
-    if norms is not None:
-        weights = weights * norms[:, :, None, :]
+    if value_norms is not None:
+        weights = weights * value_norms[:, :, None, :]
     batch, n_kv_heads, _, columns = weights.shape
-    choosers = n_kv_heads if rule.per_head else 1
-    received = weights.reshape(batch, choosers, -1, columns).mean(axis=2)
+    heads = n_kv_heads if rule.per_head else 1
+    received = weights.reshape(batch, heads, -1, columns).mean(axis=2)
     if rule.memory or rule.value_weighted:
         received = mx.where(mx.isnan(received), 0.0, received)
     if scores is None or not rule.memory:
@@ -38,18 +38,18 @@ def choose_victim(
     scores: mx.array | None,
     newest: int | mx.array,
     rule: Rule,
-    alive: mx.array | None = None,
+    held: mx.array | None = None,
 ) -> mx.array:
     """The slot with the lowest score among the unprotected; ties to the oldest.
 
     positions: int32 [R, S]; newest: the position of the newest token, or of each
-    row's [B, 1, 1]; alive: bool [R, S], the slots taken, all if None. Returns uint32
-    [R, 1], always a slot of the cache, whatever the scores hold.
+    batch row's [B, 1, 1]; held: bool [R, S], the slots taken, all if None. Returns
+    uint32 [R, 1], always a slot of the cache, whatever the scores hold.
     """
-    ages, candidates = positions, alive
+    ages, candidates = positions, held
     if rule.n_sinks or rule.n_recent:
         free = (positions >= rule.n_sinks) & (positions <= newest - rule.n_recent)
-        candidates = free if alive is None else free & alive
+        candidates = free if held is None else free & held
     if candidates is not None:
         ages = mx.where(candidates, ages, _NEVER)
         if scores is not None:
@@ -65,12 +65,12 @@ def step_on_cpu(
     weights: mx.array,
     positions: mx.array | None,
     scores: mx.array | None,
-    norms: mx.array | None,
+    value_norms: mx.array | None,
     newest: int | mx.array,
     rule: Rule,
 ) -> tuple[mx.array, mx.array | None]:
     """`update_scores`, then `choose_victim`, or None while `positions` is None."""
-    updated = update_scores(weights, norms, scores, rule)
+    updated = update_scores(weights, value_norms, scores, rule)
     if positions is None:
         return updated, None
     return updated, choose_victim(positions, updated, newest, rule)

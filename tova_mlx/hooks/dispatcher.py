@@ -12,12 +12,13 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm.models.base as mlx_lm_base
 
-from ..attention.sharing import given_with
+from ..attention.sharing import shared_with
+from . import replacing
 
 _NAME = "scaled_dot_product_attention"
-_original = mlx_lm_base.scaled_dot_product_attention
 
 
+@replacing.stands_for(mlx_lm_base, _NAME)
 def dispatch(
     queries: mx.array,
     keys: Any,
@@ -29,31 +30,27 @@ def dispatch(
 ) -> mx.array:
     """mlx-lm's attention function, but a cache with `attend` answers itself."""
     # A layer without a cache may share the keys of one with ours.
-    owner = given_with(keys) if cache is None else cache
+    owner = shared_with(keys) if cache is None else cache
     attend = getattr(owner, "attend", None)
     if attend is None:
-        return _original(queries, keys, values, cache, scale, mask, sinks)
+        theirs = replacing.original(dispatch)
+        return theirs(queries, keys, values, cache, scale, mask, sinks)
     return attend(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
 
 
 def install() -> None:
     """Route attention through `dispatch` in every module that holds mlx-lm's own."""
-    if mlx_lm_base.scaled_dot_product_attention is not dispatch:
-        _replace(_original, dispatch)
+    if getattr(mlx_lm_base, _NAME) is not dispatch:
+        replacing.replace(mlx_lm_base, _NAME, dispatch)
 
 
 def uninstall() -> None:
     """Put mlx-lm's own function back everywhere."""
-    _replace(dispatch, _original)
+    replacing.put_back(mlx_lm_base, _NAME)
 
 
 def is_seen(module_name: str) -> bool:
     """Whether the module attends through the function that `install` replaces."""
-    held = vars(sys.modules[module_name]).get(_NAME)
-    return held is dispatch or held is _original
-
-
-def _replace(old: Any, new: Any) -> None:
-    for module in list(sys.modules.values()):
-        if getattr(module, "__dict__", {}).get(_NAME) is old:
-            setattr(module, _NAME, new)
+    there = vars(sys.modules[module_name]).get(_NAME)
+    theirs = replacing.original(getattr(mlx_lm_base, _NAME))
+    return there is not None and replacing.original(there) is theirs

@@ -12,14 +12,15 @@ from typing import Any
 from mlx_lm.models import cache as mlx_lm_cache
 
 from ..errors import CacheStateError
+from . import replacing
 from .layers import leaves
 
+# Always loaded: mlx-lm's package imports it.
 _GENERATE = "mlx_lm.generate"
 _TRIM, _CAN_TRIM = "trim_prompt_cache", "can_trim_prompt_cache"
-_original = mlx_lm_cache.trim_prompt_cache
-_original_can = mlx_lm_cache.can_trim_prompt_cache
 
 
+@replacing.stands_for(mlx_lm_cache, _TRIM)
 def trim_prompt_cache(cache: list[Any], num_tokens: int) -> int:
     """Take back the newest tokens of all layers; how many: 0 if a layer cannot.
 
@@ -27,13 +28,14 @@ def trim_prompt_cache(cache: list[Any], num_tokens: int) -> int:
     give back less, so that all are where `num_tokens` ago the foremost was.
     """
     if not any(hasattr(c, "can_trim") for c in leaves(cache)):
-        return _original(cache, num_tokens)  # type: ignore[return-value]
+        return replacing.original(trim_prompt_cache)(cache, num_tokens)
     parts = _parts(cache, num_tokens)
     if num_tokens <= 0 or not all(_can_trim(c, n) for c, n in parts):
         return 0
     return max(c.trim(n) if n else 0 for c, n in parts)
 
 
+@replacing.stands_for(mlx_lm_cache, _TRIM)
 def trim_or_raise(cache: list[Any], num_tokens: int) -> int:
     """The same; CacheStateError if a layer of ours is among those that cannot."""
     ours = [c for c in leaves(cache) if hasattr(c, "can_trim")]
@@ -47,6 +49,7 @@ def trim_or_raise(cache: list[Any], num_tokens: int) -> int:
     return trim_prompt_cache(cache, num_tokens)
 
 
+@replacing.stands_for(mlx_lm_cache, _CAN_TRIM)
 def can_rewind_prompt_cache(cache: list[Any]) -> bool:
     """Whether the tokens that come next, drafts, could be taken back."""
     return all(getattr(c, "journal", 0) or c.is_trimmable() for c in leaves(cache))
@@ -54,25 +57,24 @@ def can_rewind_prompt_cache(cache: list[Any]) -> bool:
 
 def install() -> None:
     """Replace mlx-lm's functions wherever they were imported."""
-    for name, module in list(sys.modules.items()):
-        held = getattr(module, "__dict__", {})
-        if held.get(_TRIM) is _original:
-            new = trim_or_raise if name == _GENERATE else trim_prompt_cache
-            setattr(module, _TRIM, new)
-        if name == _GENERATE and held.get(_CAN_TRIM) is _original_can:
-            setattr(module, _CAN_TRIM, can_rewind_prompt_cache)
+    generate = sys.modules[_GENERATE]
+    if (
+        getattr(mlx_lm_cache, _TRIM) is trim_prompt_cache
+        and getattr(generate, _TRIM) is trim_or_raise
+        and getattr(generate, _CAN_TRIM) is can_rewind_prompt_cache
+    ):
+        return
+    replacing.replace(mlx_lm_cache, _TRIM, trim_prompt_cache)
+    replacing.replace(mlx_lm_cache, _TRIM, trim_or_raise, only_in=_GENERATE)
+    replacing.replace(
+        mlx_lm_cache, _CAN_TRIM, can_rewind_prompt_cache, only_in=_GENERATE
+    )
 
 
 def uninstall() -> None:
     """Put mlx-lm's own functions back everywhere."""
-    for module in list(sys.modules.values()):
-        held = getattr(module, "__dict__", {})
-        if module.__name__ == __name__:
-            continue
-        if held.get(_TRIM) in (trim_prompt_cache, trim_or_raise):
-            setattr(module, _TRIM, _original)
-        if held.get(_CAN_TRIM) is can_rewind_prompt_cache:
-            setattr(module, _CAN_TRIM, _original_can)
+    for name in (_TRIM, _CAN_TRIM):
+        replacing.put_back(mlx_lm_cache, name)
 
 
 def _parts(cache: list[Any], num_tokens: int) -> list[tuple[Any, int]]:

@@ -8,30 +8,21 @@ import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from weakref import ref
 
 import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 
-from ..caches.layer import JOURNAL, PolicyKVCache, TOVACache
+from ..caches.layer import PolicyKVCache, new_cache
 from ..caches.lockstep import keep_together
+from ..caches.options import JOURNAL, CacheOptions
 from ..caches.refusals import unseen
 from ..errors import TovaError, UnsupportedModelError
-from ..hooks import dispatcher as attention
+from ..hooks import dispatcher
 from ..hooks.layers import leaves
-from ..policies import Rule, settle
+from ..policies import Rule
+from .known import REFUSED
 from .report import Report, describe, trace
-
-# Model files that no bounded cache can be right with, and why.
-REFUSED = {
-    "afm7": "places the queries of shared layers by the number of tokens held, which "
-    "is not the number seen",
-    "deepseek_v32": "chooses by slot what to attend to in two caches at once",
-    "glm_moe_dsa": "chooses by slot what to attend to in two caches at once",
-    "minimax_m3_vl": "chooses blocks of slots to attend to, by their number",
-    "phi3small": "places blocks of slots by their number",
-    "iquestloopcoder": "attends to a cache of the loop before, with that of another",
-    "muse_spark": "runs on Metal only, so bounded caches were never tried with it",
-}
 
 # What a model bounds itself.
 _BOUNDED = (mlx_lm_cache.ArraysCache, mlx_lm_cache.RotatingKVCache)
@@ -64,19 +55,27 @@ def make_prompt_cache(
         UnsupportedModelError: the model attends where we cannot see its queries, or
             does with its caches what a bounded one cannot be right with.
     """
-    rule = settle(policy, max_kv_size, options)
-    arguments: dict[str, Any] = {
-        "policy": policy,
-        "prefill": prefill,
-        "journal": journal,
-        "kv_bits": kv_bits,
-        "kv_group_size": kv_group_size,
+    made = CacheOptions.resolve(
+        max_kv_size,
+        policy,
+        prefill=prefill,
+        journal=journal,
+        kv_bits=kv_bits,
+        kv_group_size=kv_group_size,
         **options,
-    }
-    caches = _bounded(model, max_kv_size, **arguments)
-    _check_model(model, rule, list(leaves(caches)))
-    if kv_bits is not None:
-        _check_packed(model, _bounded(model, max_kv_size, **arguments))
+    )
+    return _checked(model, made)
+
+
+def _checked(model: nn.Module, made: CacheOptions) -> list[Any]:
+    """New caches for a model that they can be right with.
+
+    Raises UnsupportedModelError, OptionError.
+    """
+    caches = _bounded(model, made)
+    _check_model(model, made.rule, list(leaves(caches)))
+    if not made.storage.is_plain:
+        _check_quantised(model, _bounded(model, made))
     return caches
 
 
@@ -97,9 +96,9 @@ def convert(model: nn.Module, max_kv_size: int | None, **options: Any) -> Report
         OptionError, UnsupportedModelError: as in `make_prompt_cache`; the model is
             left as it was.
     """
-    make_prompt_cache(model, max_kv_size, **options)
-    maker = _Maker(model, max_kv_size, options)
-    model.make_cache = maker
+    made = CacheOptions.resolve(max_kv_size, **options)
+    _checked(model, made)
+    model.make_cache = _Maker(model, made)
     return describe(model)
 
 
@@ -115,19 +114,29 @@ def revert(model: nn.Module) -> None:
 class _Maker:
     """The `make_cache` of a converted model.
 
-    `shadowed` is what the model itself (not its class) had in its place.
+    `shadowed` is what the model itself (not its class) had in its place. The model is
+    not held on to: it holds this.
     """
 
-    def __init__(
-        self, model: nn.Module, max_kv_size: int | None, options: dict[str, Any]
-    ):
+    def __init__(self, model: nn.Module, made: CacheOptions):
         before = vars(model).get("make_cache")
         self.shadowed = before.shadowed if isinstance(before, _Maker) else before
-        self.model, self.max_kv_size, self.options = model, max_kv_size, options
+        self.made = made
+        self._model = ref(model)
 
     def __call__(self) -> list[Any]:
+        model = self._model()
+        assert model is not None
         # What `convert` has checked is not checked for every request.
-        return _bounded(self.model, self.max_kv_size, **self.options)
+        return _bounded(model, self.made)
+
+    def __deepcopy__(self, memo: Any) -> "_Maker":
+        # Of a model that is copied: it makes caches for the copy.
+        model = self._model()
+        twin = object.__new__(_Maker)
+        twin.shadowed, twin.made = self.shadowed, self.made
+        twin._model = ref(memo.get(id(model), model))
+        return twin
 
 
 def _default_caches(model: nn.Module) -> list[Any]:
@@ -145,21 +154,13 @@ def _default_caches(model: nn.Module) -> list[Any]:
     return mlx_lm_cache.make_prompt_cache(default)  # type: ignore[arg-type]
 
 
-def _bounded(
-    model: nn.Module, max_kv_size: int | None, *, policy: str = "tova", **arguments: Any
-) -> list[Any]:
+def _bounded(model: nn.Module, made: CacheOptions) -> list[Any]:
     """New caches, unchecked; those of layers that share keys know it."""
-
-    def make() -> PolicyKVCache:
-        if policy == "tova":
-            assert max_kv_size is not None
-            return TOVACache(max_kv_size, **arguments)
-        return PolicyKVCache(max_kv_size, policy, **arguments)
 
     def bounded(cache: Any) -> Any:
         if type(cache) is mlx_lm_cache.CacheList:
             return mlx_lm_cache.CacheList(*map(bounded, cache.caches))
-        return make() if type(cache) is mlx_lm_cache.KVCache else cache
+        return new_cache(made) if type(cache) is mlx_lm_cache.KVCache else cache
 
     caches = [bounded(c) for c in _default_caches(model)]
     layers: Any = model.layers
@@ -171,7 +172,7 @@ def _bounded(
     return caches
 
 
-def _check_packed(model: nn.Module, caches: list[Any]) -> None:
+def _check_quantised(model: nn.Module, caches: list[Any]) -> None:
     """Refuse a model that does more with its keys than to attend to them.
 
     caches: to be thrown away.
@@ -207,5 +208,5 @@ def _check_model(model: nn.Module, rule: Rule, caches: list[Any]) -> None:
         )
     if rule.by_age:
         return
-    if not any(attention.is_seen(n) for n in names if n in sys.modules):
+    if not any(dispatcher.is_seen(n) for n in names if n in sys.modules):
         raise unseen(type(model).__module__, rule.policy)

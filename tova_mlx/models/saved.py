@@ -24,7 +24,7 @@ from ..caches.layer import PolicyKVCache, register
 from ..caches.lockstep import keep_together
 from ..errors import CacheStateError
 from ..hooks.layers import leaves
-from ..storage.packed import Packed, arrays
+from ..storage.entries import arrays_of
 from .report import trace
 
 _SUFFIX = ".safetensors"
@@ -223,7 +223,7 @@ def _check_fits(
                 "the options it was saved with, or read the prompt again."
             )
         for a, b in zip(leaves([ours]), leaves([given]), strict=True):
-            if not b.empty() and (have := _rows(b)) != (want := _rows(a)):
+            if not b.empty() and (have := _shapes(b)) != (want := _shapes(a)):
                 raise CacheStateError(
                     f"{path}: layer {layer} holds {have}, but {name} makes {want}. "
                     "Load the model that it was saved with."
@@ -242,21 +242,16 @@ def _what(cache: Any) -> str:
         return f"{kind}({', '.join(map(_what, cache.caches))})"
     if not isinstance(cache, PolicyKVCache):
         return kind
-    rule = ", ".join(f"{k}={v}" for k, v in cache.rule.as_dict().items())
-    kept = cache.slots.storage
-    if kept.key_bits is not None:
-        rule += f", kv_bits=({kept.key_bits}, {kept.value_bits})"
-        rule += f", kv_group_size={kept.group_size}"
-    return f"{kind}({rule}, prefill={cache.prefill})"
+    return f"{kind}({cache.options.describe()}, prefill={cache.prefill})"
 
 
-def _rows(cache: Any) -> str | None:
+def _shapes(cache: Any) -> str | None:
     """What the keys and values of a token are."""
     said = []
     for name in ("keys", "values"):
-        rows = getattr(cache, name, None)
-        if not isinstance(rows, (mx.array, Packed)) or len(rows.shape) != 4:
+        entries = getattr(cache, name, None)
+        if len(getattr(entries, "shape", ())) != 4:
             return None
-        heads, width = rows.shape[1], rows.shape[-1]
-        said.append(f"{name} {arrays(rows)[-1].dtype}, {heads} heads of {width}")
+        heads, width = entries.shape[1], entries.shape[-1]
+        said.append(f"{name} {arrays_of(entries)[-1].dtype}, {heads} heads of {width}")
     return " and ".join(said)

@@ -1,35 +1,48 @@
-"""What a policy is: the constants of one recurrence, and which tokens it protects.
+"""What a policy is: how it ranks tokens, and which it protects.
 
-Policies that read attention rank every held token by a score, higher = keep, which
-each step updates:
+The lowest ranked token that is not protected is evicted; ties go to the oldest. A
+policy ranks in one of three ways:
 
-    score <- memory * score + mean over heads of (weight * norm)
+- by attention (`reads_attention`), with a score that every step updates:
 
-`norm` is the L2 norm of the token's value in the head's KV head if the policy is
-value-weighted, else 1. A new token starts at 0. The token with the lowest score that
-is not protected leaves; ties go to the oldest. A policy that reads no attention ranks
-all tokens alike, so the oldest unprotected token leaves; one that reads the keys ranks
-them by their likeness (`eviction.keys`).
+      score <- memory * score + mean over heads of (weight * norm)
+
+  `norm` is the L2 norm of the token's value in the head's KV head if the policy is
+  value-weighted, else 1. A new token starts at 0.
+- by a score of its own (`score`), a function of the keys, values and positions held.
+- by age, if it has neither: the oldest is evicted.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from math import isfinite
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ..errors import OptionError
 
+if TYPE_CHECKING:
+    # The command line reads the policies before it needs MLX.
+    import mlx.core as mx
+
+    Score: TypeAlias = Callable[[Any, Any, mx.array, mx.array], mx.array]
+    Prepare: TypeAlias = Callable[[mx.array, mx.array], tuple[Any, Any]]
+
 Granularity = Literal["layer", "head"]
 
-# Positions are int32, and a cache has a slot more than it keeps tokens.
-_MOST = 2**31 - 2
+# Positions are int32, and a cache has a slot more than it holds tokens.
+_MOST_TOKENS = 2**31 - 2
 
-ATTENTION_OPTIONS = ("granularity", "memory", "value_weighted", "n_sinks", "n_recent")
+# What the user of a policy may be able to set, and what it takes to read it.
+POLICY_OPTIONS = ("granularity", "memory", "value_weighted", "n_sinks", "n_recent")
+_OF_SCORES = ("granularity", "n_sinks", "n_recent")
+_OF_AGE = ("n_sinks",)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A policy with all its options settled for one `max_size`.
+    """A policy with all its options resolved for one `max_size`.
 
     `max_size` is in tokens, None for no limit. `n_sinks` and `n_recent` count
     protected tokens (first and newest), inside `max_size`.
@@ -43,51 +56,125 @@ class Rule:
     value_weighted: bool
     n_sinks: int
     n_recent: int
-    reads_keys: bool = False
+    score: Score | None = None
+    prepare: Prepare | None = None
 
     @property
     def by_age(self) -> bool:
-        """Whether the oldest leaves, so that nothing of a token need be known."""
-        return not (self.reads_attention or self.reads_keys)
+        """Whether the oldest is evicted, so that nothing of a token need be known."""
+        return not self.reads_attention and self.score is None
 
     @property
     def per_head(self) -> bool:
-        """Whether every KV head chooses its own victim."""
+        """Whether every KV head evicts a token of its own."""
         return self.granularity == "head"
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The rule as JSON can hold it; `reads_keys` for a score of its own."""
+        functions = ("score", "prepare")
+        own = {k: v for k, v in vars(self).items() if k not in functions}
+        return {**own, "reads_keys": self.score is not None}
 
 
 @dataclass(frozen=True)
 class Policy:
-    """The defaults of a policy and the options it reads.
+    """A rule of which token is evicted; `register_policy` makes it known by its name.
 
-    `recent_share` is the share of `max_size` that is protected as recent when
-    `n_recent` is not given.
+    Args:
+        name: what users call it; a letter, then letters, digits, - and _.
+        keeps: what it holds on to, in a few words, for tables and help.
+        source: the paper.
+        options: which of `POLICY_OPTIONS` its users can set; None: all that it can
+            read, which depends on how it ranks.
+        bounded: False for one that evicts nothing.
+        reads_attention: whether it ranks by attention; then `memory` is the share of
+            the old score kept per token (0 to 1), and `value_weighted` whether a
+            weight counts times the norm of the value.
+        granularity: "layer", one victim per layer, or "head", one per KV head.
+        n_sinks: first tokens that are protected.
+        recent_share: share of `max_size` that is protected as newest, unless the user
+            gives `n_recent`.
+        score: `score(keys, values, positions, held)`, higher = keep: float32
+            [B, n_kv_heads, S] or [B, 1, S]. keys, values: float32 [B, n_kv_heads, S,
+            head_dim], as stored; positions: int32, and held: bool, [B, 1, S] or, with
+            granularity "head", [B, n_kv_heads, S]. Only the scores of tokens held are
+            read, and where one victim is evicted per layer, their mean over the KV
+            heads. It is called after every token, with the same result whatever the
+            order of the S slots, and must not evaluate anything.
+        prepare: `prepare(keys, values)`, two things to be given to `score` in their
+            place: what of them is the same whichever tokens are held is then made
+            once for a block of a prompt instead of once for every token.
+
+    Raises:
+        OptionError: a combination that means nothing.
     """
 
     name: str
     keeps: str
     source: str
-    options: tuple[str, ...] = ()
+    options: tuple[str, ...] | None = None
     bounded: bool = True
     reads_attention: bool = False
-    reads_keys: bool = False
     granularity: Granularity = "layer"
     memory: float = 0.0
     value_weighted: bool = False
     n_sinks: int = 0
     recent_share: float = 0.0
+    score: Score | None = None
+    prepare: Prepare | None = None
 
-    def settle(self, max_size: int | None, options: Mapping[str, Any]) -> Rule:
+    def __post_init__(self) -> None:
+        if not self.name.replace("-", "_").isidentifier():
+            raise OptionError(
+                f"A policy cannot be called {self.name!r}. Use a letter, then letters, "
+                "digits, - and _."
+            )
+        if self.score is not None and self.reads_attention:
+            raise OptionError(
+                f"{self.name}: a policy ranks by attention or by its own score, not by "
+                "both. Leave one of score and reads_attention out."
+            )
+        if not self.reads_attention and (self.memory or self.value_weighted):
+            raise OptionError(
+                f"{self.name}: memory and value_weighted say how attention counts, "
+                "which it does not read. Leave them out, or set reads_attention=True."
+            )
+        by_age = self.score is None and not self.reads_attention
+        if by_age and (self.granularity != "layer" or self.recent_share):
+            raise OptionError(
+                f"{self.name}: one that evicts by age does so alike in all heads and "
+                "protects no recent tokens. Leave granularity and recent_share out, or "
+                "give it a score."
+            )
+        readable = self._readable
+        if self.options is None:
+            object.__setattr__(self, "options", readable)
+        elif unread := set(self.options) - set(readable):
+            raise OptionError(
+                f"{self.name} cannot read {', '.join(sorted(unread))}. Options that it "
+                f"can offer: {', '.join(readable) or 'none'}."
+            )
+        if self.bounded:
+            # With as much room as there is, so that only the defaults can be wrong.
+            self.resolve(_MOST_TOKENS, {})
+
+    @property
+    def _readable(self) -> tuple[str, ...]:
+        if not self.bounded:
+            return ()
+        if self.reads_attention:
+            return POLICY_OPTIONS
+        return _OF_AGE if self.score is None else _OF_SCORES
+
+    def resolve(self, max_size: int | None, options: Mapping[str, Any]) -> Rule:
         """Check `max_size` (tokens) and `options`, and fill in the defaults.
 
         Raises OptionError for a value that cannot work or an option not read.
         """
+        readable = self.options or ()
         for option in options:
-            if option not in self.options:
-                known = ", ".join(self.options) or "none"
+            if option not in readable:
+                known = ", ".join(readable) or "none"
                 raise OptionError(
                     f"{self.name} does not read {option}={options[option]!r}. "
                     f"Leave it out; the options of {self.name}: {known}."
@@ -102,7 +189,6 @@ class Policy:
             policy=self.name,
             max_size=size,
             reads_attention=self.reads_attention,
-            reads_keys=self.reads_keys,
             granularity=options.get("granularity", self.granularity),
             memory=options.get("memory", self.memory),
             value_weighted=options.get("value_weighted", self.value_weighted),
@@ -111,6 +197,8 @@ class Policy:
                 "n_recent",
                 options.get("n_recent", int(self.recent_share * (size or 0))),
             ),
+            score=self.score,
+            prepare=self.prepare,
         )
         self._check(rule)
         return rule
@@ -121,10 +209,10 @@ class Policy:
                 f"{self.name}: {option}={value!r} is not a whole number of tokens. "
                 f"Use {at_least} or more."
             )
-        if value > _MOST:
+        if value > _MOST_TOKENS:
             raise OptionError(
                 f"{self.name}: {option}={value} is more tokens than positions can "
-                f"count. Use at most {_MOST}, or policy full for no limit."
+                f"count. Use at most {_MOST_TOKENS}, or policy full for no limit."
             )
         return value
 
@@ -142,7 +230,7 @@ class Policy:
             or not 0 <= memory <= 1
         ):
             raise OptionError(
-                f"{self.name}: memory={memory!r} is no share of the old score to "
+                f"{self.name}: memory={memory!r} is not a share of the old score to "
                 "keep. Use a number from 0 to 1."
             )
         if not isinstance(rule.value_weighted, bool):

@@ -8,13 +8,12 @@ Differs from the source: the combination and its constants were set here, on the
 perplexity of long texts.
 """
 
-from .base import ATTENTION_OPTIONS, Policy
+from .base import Policy
 
 FADE = Policy(
     name="fade",
     keeps="most attended lately, weighted by the norm of the value; a quarter newest",
     source="A2SF, arXiv 2407.20485, and VATP, arXiv 2406.12335; combined here",
-    options=ATTENTION_OPTIONS,
     reads_attention=True,
     memory=0.9,
     value_weighted=True,

@@ -9,13 +9,12 @@ per query head (grouped-query attention came later); exact token by token during
 prefill, where the released code cuts once.
 """
 
-from .base import ATTENTION_OPTIONS, Policy
+from .base import Policy
 
 H2O = Policy(
     name="h2o",
     keeps="half: most attended so far (accumulated); half: newest",
     source="H2O, arXiv 2306.14048",
-    options=ATTENTION_OPTIONS,
     reads_attention=True,
     granularity="head",
     memory=1.0,

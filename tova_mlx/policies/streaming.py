@@ -11,6 +11,5 @@ STREAMING = Policy(
     name="streaming",
     keeps="the first `n_sinks` (4) tokens and the newest",
     source="StreamingLLM, arXiv 2309.17453",
-    options=("n_sinks",),
     n_sinks=4,
 )

@@ -9,12 +9,11 @@ cuts a chunk once by its last query (that is `prefill="once"`); `granularity="he
 is an addition.
 """
 
-from .base import ATTENTION_OPTIONS, Policy
+from .base import Policy
 
 TOVA = Policy(
     name="tova",
     keeps="most attended by the newest query",
     source="TOVA, arXiv 2401.06104",
-    options=ATTENTION_OPTIONS,
     reads_attention=True,
 )

@@ -7,13 +7,12 @@ Differs from the source: the L2 norm, they use L1; the first tokens are not prot
 (`n_sinks` does that).
 """
 
-from .base import ATTENTION_OPTIONS, Policy
+from .base import Policy
 
 VATP = Policy(
     name="vatp",
     keeps="h2o with each weight multiplied by the norm of the value",
     source="VATP on H2O, arXiv 2406.12335",
-    options=ATTENTION_OPTIONS,
     reads_attention=True,
     granularity="head",
     memory=1.0,

@@ -1,34 +1,36 @@
 """The last steps of a layer, so that their tokens can be taken back.
 
-A step destroys two things: the row of the token that it evicts and, if the policy has
-memory, the scores before it. Both are kept here for the last few steps. Shapes: rows
-[B, n_kv_heads, 1, head_dim]; H' is 1 (granularity "layer") or n_kv_heads ("head").
+A step destroys two things: the key and value of the token that it evicts and, if the
+policy has memory, the scores before it. Both are kept here for the last few steps.
+Shapes: entries [B, n_kv_heads, 1, head_dim]; H' is 1 (granularity "layer") or
+n_kv_heads ("head").
 """
 
 from typing import NamedTuple
 
 import mlx.core as mx
 
-from .packed import Rows, arrays
+from .entries import Entries, arrays_of
 
 
-class Gone(NamedTuple):
-    """A token that left after the token at position `step` had attended.
+class Evicted(NamedTuple):
+    """A token that was evicted after the token at position `step` had attended.
 
-    keys, values: rows; positions: int32 [B, H', 1]; norms: [B, n_kv_heads, 1] or None.
+    keys, values: entries; positions: int32 [B, H', 1]; value_norms: [B, n_kv_heads, 1]
+    or None.
     """
 
     step: int
-    keys: Rows
-    values: Rows
+    keys: Entries
+    values: Entries
     positions: mx.array
-    norms: mx.array | None
+    value_norms: mx.array | None
 
 
-class Scores(NamedTuple):
+class ScoresBefore(NamedTuple):
     """Scores before the token at position `step` came, float32 [B, H', n].
 
-    In order of position, or, if there is a dead slot, in that of the slots: then
+    In order of position, or, if there is a victim's slot, in that of the slots: then
     positions, int32 [B, H', n], and victim, uint32 [B, H', 1], say which is which.
     """
 
@@ -45,39 +47,39 @@ class Journal(NamedTuple):
     """
 
     length: int
-    gone: tuple[Gone, ...] = ()
-    scores: tuple[Scores, ...] = ()
+    evicted: tuple[Evicted, ...] = ()
+    scores: tuple[ScoresBefore, ...] = ()
 
     @property
     def arrays(self) -> list[mx.array]:
-        entries = [rows for e in (*self.gone, *self.scores) for rows in e[1:]]
-        return [a for rows in entries for a in arrays(rows)]
+        parts = [part for e in (*self.evicted, *self.scores) for part in e[1:]]
+        return [a for part in parts for a in arrays_of(part)]
 
     def empty(self) -> "Journal":
-        """A journal of the same length that holds nothing."""
+        """Return a journal of the same length that holds nothing."""
         return Journal(self.length)
 
-    def with_gone(self, *gone: Gone) -> "Journal":
-        """With tokens that left at the next steps, as many as there is room for."""
-        return self._replace(gone=self._newest((*self.gone, *gone)))
+    def with_evicted(self, *evicted: Evicted) -> "Journal":
+        """Add tokens evicted at the next steps, as many as there is room for."""
+        return self._replace(evicted=self._newest((*self.evicted, *evicted)))
 
-    def with_scores(self, *scores: Scores) -> "Journal":
-        """With the scores before the next steps, as many as there is room for."""
+    def with_scores(self, *scores: ScoresBefore) -> "Journal":
+        """Add the scores before the next steps, as many as there is room for."""
         return self._replace(scores=self._newest((*self.scores, *scores)))
 
     def until(self, step: int) -> "Journal":
-        """Without the steps from `step` on: their tokens were taken back."""
+        """Drop the steps from `step` on: their tokens were taken back."""
         return self._replace(
-            gone=tuple(g for g in self.gone if g.step < step),
+            evicted=tuple(e for e in self.evicted if e.step < step),
             scores=tuple(s for s in self.scores if s.step < step),
         )
 
-    def gone_since(self, step: int) -> list[Gone]:
-        """The tokens that left at `step` or later."""
-        return [g for g in self.gone if g.step >= step]
+    def evicted_since(self, step: int) -> list[Evicted]:
+        """Return the tokens evicted at `step` or later."""
+        return [e for e in self.evicted if e.step >= step]
 
-    def scores_before(self, step: int) -> Scores | None:
+    def scores_before(self, step: int) -> ScoresBefore | None:
         return next((s for s in self.scores if s.step == step), None)
 
-    def _newest(self, entries: tuple) -> tuple:
-        return entries[-self.length :] if self.length else ()
+    def _newest(self, parts: tuple) -> tuple:
+        return parts[-self.length :] if self.length else ()

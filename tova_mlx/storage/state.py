@@ -9,17 +9,16 @@ from typing import Any, TypeGuard
 import mlx.core as mx
 import numpy as np
 
-from ..caches.refusals import check_options
 from ..errors import CacheStateError
-from ..policies import POLICIES, Rule, settle
-from .packed import Packed, Rows, Storage, storage
-from .packed import arrays as arrays_of
+from ..policies import POLICIES, Rule, resolve_options
+from .entries import Entries, arrays_of, is_plain
+from .formats import Storage
 from .slots import Slots
 
 _VERSION = 1
 # Positions are int32, and there must be some left to go on with.
 _MOST_TOKENS = 2**31 - 2**20
-# What may come out of a tuple that is no state.
+# What may come out of a tuple that is not a state.
 _WRONG = (
     TypeError,
     ValueError,
@@ -30,8 +29,8 @@ _WRONG = (
 )
 
 
-def pack(slots: Slots, **how: Any) -> tuple[Any, ...]:
-    """What mlx-lm calls `state`: arrays or None, tokens seen, and a JSON string.
+def to_state(slots: Slots, **how: Any) -> tuple[Any, ...]:
+    """Return what mlx-lm calls `state`: arrays or None, tokens seen, a JSON string.
 
     how: `prefill` and `shares`, which are not of the slots.
     """
@@ -39,18 +38,18 @@ def pack(slots: Slots, **how: Any) -> tuple[Any, ...]:
         "version": _VERSION,
         "rule": slots.rule.as_dict(),
         "journal": slots.journal.length,
-        "storage": slots.storage,
+        "storage": slots.storage.as_json(),
         **how,
     }
     keys, values, *others = slots.arrays
-    rows = (_plain(keys), _plain(values))
-    return (*rows, *others, slots.offset, json.dumps(config))
+    entries = (_plain(keys), _plain(values))
+    return (*entries, *others, slots.offset, json.dumps(config))
 
 
-def unpack(state: tuple[Any, ...]) -> tuple[Slots, dict[str, Any]]:
-    """The slots and `how` of a `pack`.
+def from_state(state: tuple[Any, ...]) -> tuple[Slots, dict[str, Any]]:
+    """Return the slots and `how` of a `to_state`.
 
-    Raises CacheStateError for what is no such state, or cannot be one.
+    Raises CacheStateError for what is not such a state, or cannot be one.
     """
     try:
         keys, values, *others, offset, text = state
@@ -60,15 +59,15 @@ def unpack(state: tuple[Any, ...]) -> tuple[Slots, dict[str, Any]]:
         how = {name: config[name] for name in ("prefill", "shares")}
         if not isinstance(how["shares"], bool):
             raise ValueError(f"shares={how['shares']!r}")
-        rule, kept = _rule(config["rule"]), _storage(config["storage"])
-        check_options(rule, how["prefill"], config["journal"])
-        slots = Slots(rule, config["journal"], kept)
-        slots.keys = _rows(keys, kept.key_bits, kept.group_size)
-        slots.values = _rows(values, kept.value_bits, kept.group_size)
-        slots.positions, slots.scores, slots.norms, slots.victim = others
-        if rule.reads_keys:
+        rule = _rule(config["rule"])
+        stored = Storage.from_json(config["storage"])
+        slots = Slots(rule, config["journal"], stored)
+        slots.keys = _entries(keys, stored.keys)
+        slots.values = _entries(values, stored.values)
+        slots.positions, slots.scores, slots.value_norms, slots.victim = others
+        if rule.score is not None:
             # Earlier versions kept the norms of keys.
-            slots.norms = None
+            slots.value_norms = None
         slots.offset = offset
         _check(slots)
     except _WRONG as error:
@@ -81,48 +80,34 @@ def unpack(state: tuple[Any, ...]) -> tuple[Slots, dict[str, Any]]:
 
 def _rule(given: dict[str, Any]) -> Rule:
     """The rule that its own options give, which must be all of it."""
-    options = {name: given[name] for name in POLICIES[given["policy"]].options}
-    rule = settle(given["policy"], given["max_size"], options)
-    if rule != Rule(**given):
+    name = given["policy"]
+    if isinstance(name, str) and name not in POLICIES:
+        raise CacheStateError(
+            f"The cache was made with policy {name!r}, which is not known here. "
+            "Install the package that has it, or use register_policy."
+        )
+    options = {option: given[option] for option in POLICIES[name].options or ()}
+    rule = resolve_options(name, given["max_size"], options)
+    if rule.as_dict() != given:
         raise ValueError("a rule that no options give")
     return rule
 
 
-def _storage(given: list[Any]) -> Storage:
-    *bits, group_size = given
-    kept = storage(bits if any(b is not None for b in bits) else None, group_size)
-    if [*kept] != [*given] or not isinstance(group_size, int):
-        raise ValueError(f"storage {given}")
-    return kept
+def _plain(entries: Any) -> Any:
+    """An array, or those of quantised entries."""
+    return entries if entries is None or is_plain(entries) else arrays_of(entries)
 
 
-def _plain(rows: Any) -> Any:
-    """An array, or the three of packed rows."""
-    return arrays_of(rows) if isinstance(rows, Packed) else rows
-
-
-def _rows(state: Any, bits: int | None, group_size: int) -> Any:
+def _entries(state: Any, form: Any) -> Any:
     if state is None:
         return None
-    parts: Any = (state,) if bits is None else state
-    if isinstance(parts, mx.array) or not all(_is_array(a, 4) for a in parts):
-        raise ValueError(f"no rows of {bits or 'no'} bits")
-    if not mx.issubdtype(parts[-1].dtype, mx.floating):
-        raise ValueError(f"rows of {parts[-1].dtype}")
-    if bits is None:
-        return state
-    data, scales, biases = parts
-    rows = Packed(data, scales, biases, bits, group_size)
-    groups = (*rows.shape[:3], rows.shape[3] // group_size)
-    if (
-        data.dtype != mx.uint32
-        or scales.dtype != biases.dtype
-        or rows.shape[3] % group_size
-        or scales.shape != groups
-        or biases.shape != groups
-    ):
-        raise ValueError(f"no rows of {bits} bits in groups of {group_size}")
-    return rows
+    if form is not None:
+        if isinstance(state, mx.array):
+            raise ValueError("entries that are not quantised")
+        return form.from_state(state)
+    if not _is_array(state, 4) or not mx.issubdtype(state.dtype, mx.floating):
+        raise ValueError("entries that are not four-dimensional numbers")
+    return state
 
 
 def _is_array(array: Any, ndim: int) -> TypeGuard[mx.array]:
@@ -130,7 +115,7 @@ def _is_array(array: Any, ndim: int) -> TypeGuard[mx.array]:
 
 
 def _check(slots: Slots) -> None:
-    """ValueError unless some text could have left these slots."""
+    """Raise ValueError unless reading some text could have made these slots."""
     offset = slots.offset
     if isinstance(offset, bool) or not isinstance(offset, int):
         raise ValueError(f"{offset!r} tokens seen")
@@ -146,27 +131,27 @@ def _check(slots: Slots) -> None:
     _check_numbers(slots)
 
 
-def _check_shapes(slots: Slots, keys: Rows, values: Rows) -> None:
-    rule, rows = slots.rule, keys.shape[:3]
+def _check_shapes(slots: Slots, keys: Entries, values: Entries) -> None:
+    rule, shape = slots.rule, keys.shape[:3]
     # A model may keep values of no width, where keys say everything.
-    if values.shape[:3] != rows or 0 in keys.shape:
+    if values.shape[:3] != shape or 0 in keys.shape:
         raise ValueError(f"keys {keys.shape}, values {values.shape}")
-    types = [arrays_of(r)[-1].dtype for r in (keys, values)]
+    types = [arrays_of(e)[-1].dtype for e in (keys, values)]
     if types[0] != types[1]:
         raise ValueError(f"keys of {types[0]}, values of {types[1]}")
     if slots.victim is not None and not slots.evicted:
         raise ValueError("a victim, but nothing was evicted")
-    n, limit = rows[2], rule.max_size
+    n, limit = shape[2], rule.max_size
     if n < slots.taken or (limit is not None and n > limit + 1):
         raise ValueError(f"{n} slots for {slots.size()} tokens")
-    choosers = (rows[0], slots.choosers(keys))
+    heads = (shape[0], slots.eviction_heads(keys))
     remembers = bool(rule.memory)
     # Shape, type, whether it may be there and whether it must.
     expected = {
-        "positions": ((*choosers, n), mx.int32, True, slots.evicted),
-        "scores": ((*choosers, n), mx.float32, remembers, remembers and slots.offset),
-        "norms": (rows, mx.float32, rule.value_weighted, rule.value_weighted),
-        "victim": ((*choosers, 1), mx.uint32, True, False),
+        "positions": ((*heads, n), mx.int32, True, slots.evicted),
+        "scores": ((*heads, n), mx.float32, remembers, remembers and slots.offset),
+        "value_norms": (shape, mx.float32, rule.value_weighted, rule.value_weighted),
+        "victim": ((*heads, 1), mx.uint32, True, False),
     }
     for name, (shape, dtype, may, must) in expected.items():
         array = getattr(slots, name)
@@ -182,15 +167,15 @@ def _check_shapes(slots: Slots, keys: Rows, values: Rows) -> None:
 
 
 def _check_positions(slots: Slots) -> None:
-    """Who is held, and whose slot is dead, must be what the rule leaves."""
+    """Which tokens are held, and which is the victim, must be what the rule does."""
     if slots.positions is None:
         return
     rule, offset, size = slots.rule, slots.offset, slots.size()
     held = np.array(slots.held_positions())
-    # With the dead slot: all that were there in the last step, so the newest too.
+    # With the victim: all that were there in the last step, so the newest too.
     there = np.sort(np.array(slots.positions)[..., : slots.taken], axis=-1)
     newest = 0 if slots.victim is None else 1
-    # One that goes by age leaves no choice.
+    # One that evicts by age leaves no choice.
     recent = size - rule.n_sinks if rule.by_age and slots.evicted else rule.n_recent
     if not (
         (np.diff(held) > 0).all()
@@ -201,7 +186,7 @@ def _check_positions(slots: Slots) -> None:
         and _end(held, recent, offset)
         and _end(there, recent + newest if rule.by_age else newest, offset)
     ):
-        raise ValueError(f"positions that {rule.policy} cannot leave")
+        raise ValueError(f"positions that {rule.policy} cannot hold")
 
 
 def _begin(positions: Any, n: int) -> bool:
@@ -218,15 +203,15 @@ def _end(positions: Any, n: int, offset: int) -> bool:
 
 
 def _check_numbers(slots: Slots) -> None:
-    """What ranks tokens, and the rows: one that is infinite spoils all that follows."""
+    """What ranks tokens, and entries: an infinite one spoils all that follows."""
     slot = np.arange(slots.taken)
-    dead = -1 if slots.victim is None else np.array(slots.victim).astype(np.int64)
-    held = slot != dead
-    for name, least in (("scores", -np.inf), ("norms", 0.0)):
+    victim = -1 if slots.victim is None else np.array(slots.victim).astype(np.int64)
+    held = slot != victim
+    for name, least in (("scores", -np.inf), ("value_norms", 0.0)):
         if (array := getattr(slots, name)) is not None:
             known = np.array(array)[..., : slots.taken]
             if not (~held | (np.isfinite(known) & (known >= least))).all():
-                raise ValueError(f"{name} that are no numbers")
+                raise ValueError(f"{name} that are not numbers")
     for a in (*arrays_of(slots.keys), *arrays_of(slots.values)):
         if not mx.isfinite(a[:, :, : slots.taken]).all().item():
-            raise ValueError("keys or values that are no numbers")
+            raise ValueError("keys or values that are not numbers")

@@ -1,0 +1,44 @@
+"""Who is evicted, for whoever wants to see it: a viewer, an evaluation, a test."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+
+from ..hooks.layers import leaves
+from .layer import PolicyKVCache
+
+
+@contextmanager
+def observe_evictions(
+    caches: Iterable[Any], callback: Callable[[int, Sequence[int], mx.array], Any]
+) -> Iterator[None]:
+    """Call back for every eviction of these caches, for as long as the block runs.
+
+    Args:
+        caches: one cache per layer, as `make_prompt_cache` gives them; those that are
+            not ours evict nothing that can be seen. Copies of them are not observed.
+        callback: `callback(layer, steps, positions)`, after each step or block that
+            evicts. layer: index in `caches`; steps: for each token evicted, the
+            position of the token after which it was; positions: of the tokens evicted,
+            int32 [B, H', n], not evaluated yet. H' is 1, or n_kv_heads with granularity
+            "head". A cache in a batch has nobody to call.
+
+    Nothing is spent on it while nobody observes. A token that is taken back (`trim`)
+    and read again is reported again.
+    """
+    layers = [
+        (layer, cache)
+        for layer, entry in enumerate(caches)
+        for cache in leaves([entry])
+        if isinstance(cache, PolicyKVCache)
+    ]
+    for layer, cache in layers:
+        cache.observe(partial(callback, layer))
+    try:
+        yield
+    finally:
+        for _, cache in layers:
+            cache.observe(None)

@@ -1,0 +1,69 @@
+"""The options of a cache, checked and resolved once for all layers of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import OptionError
+from ..policies import Rule, resolve_options
+from ..storage.formats import Storage, storage_for
+
+# Newest tokens that can be taken back after something was evicted.
+JOURNAL = 16
+MOST_JOURNAL = 4096
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """What the cache of any layer is made with; see `PolicyKVCache`."""
+
+    rule: Rule
+    storage: Storage
+    prefill: str
+    journal: int
+
+    def __post_init__(self) -> None:
+        """Raises OptionError."""
+        policy, journal = self.rule.policy, self.journal
+        if self.prefill not in ("stepwise", "once"):
+            raise OptionError(
+                f"{policy}: prefill={self.prefill!r} is not known. "
+                "Use 'stepwise' or 'once'."
+            )
+        if self.prefill == "once" and not self.rule.reads_attention:
+            raise OptionError(
+                f"{policy} does not read prefill='once': it cuts by attention. "
+                "Leave it out."
+            )
+        if isinstance(journal, bool) or not isinstance(journal, int) or journal < 0:
+            raise OptionError(
+                f"{policy}: journal={journal!r} is not a whole number of tokens. "
+                "Use 0 or more."
+            )
+        if journal > MOST_JOURNAL:
+            raise OptionError(
+                f"{policy}: journal={journal} keeps keys and values of as many more "
+                f"tokens. Use at most {MOST_JOURNAL}."
+            )
+
+    @classmethod
+    def resolve(
+        cls,
+        max_size: int | None,
+        policy: str = "tova",
+        *,
+        prefill: str = "stepwise",
+        journal: int = JOURNAL,
+        kv_bits: int | tuple[int, int] | None = None,
+        kv_group_size: int = 64,
+        **options: Any,
+    ) -> CacheOptions:
+        """Check the public options; those of `PolicyKVCache`. Raises OptionError."""
+        stored = storage_for(kv_bits, kv_group_size)
+        return cls(resolve_options(policy, max_size, options), stored, prefill, journal)
+
+    def describe(self) -> str:
+        """Say all that decides what is held, for errors."""
+        said = {**self.rule.as_dict(), **self.storage.options()}
+        return ", ".join(f"{k}={v}" for k, v in said.items())

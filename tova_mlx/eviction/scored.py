@@ -1,0 +1,81 @@
+"""Evictions of a policy that has a score of its own: a step, and those of a block.
+
+Any function of the keys, values and positions held will do, see `policies.Policy`.
+"""
+
+import mlx.core as mx
+
+from ..policies import Rule
+from ..storage.entries import Entries, dequantized
+from .scan import ScanResult
+from .step import choose_victim
+
+
+def scored_step(
+    keys: Entries,
+    values: Entries,
+    positions: mx.array,
+    held: mx.array | None,
+    newest: int | mx.array,
+    rule: Rule,
+) -> mx.array:
+    """Return the victim, uint32 [B, H', 1], of the S slots as they are stored.
+
+    positions: int32 [B, H', S]; held: bool [B, 1, S], all if None; newest: the position
+    of the newest token, or of each batch row's [B, 1, 1].
+    """
+    if held is None:
+        held = mx.ones(positions.shape, mx.bool_)
+    held = mx.broadcast_to(held, positions.shape)
+    scores = _scores(_prepared(keys, values, rule), positions, held, rule)
+    return choose_victim(positions, scores, newest, rule, held)
+
+
+def scored_scan(
+    keys: Entries,
+    values: Entries,
+    positions: mx.array,
+    rule: Rule,
+    *,
+    limit: int | None,
+    length: int,
+) -> ScanResult:
+    """Replay the steps of the last `length` columns, as `scan_on_cpu`; evaluated.
+
+    keys, values: the N columns as they are stored, in order of position; positions:
+    int32 [B, H', N]; limit: tokens held after each step, None for all. A block's graph
+    is thousands of small operations, too much to be left waiting for all layers at
+    once.
+    """
+    n_columns = keys.shape[2]
+    n_held = n_columns - length
+    pair = _prepared(keys, values, rule)
+    columns = mx.arange(n_columns)
+    held = mx.broadcast_to(columns < n_held, positions.shape)
+    last = mx.full(positions.shape, length, mx.int32)
+    for step in range(length):
+        own = n_held + step
+        held = held | (columns == own)
+        if limit is None or own + 1 <= limit:
+            continue
+        scores = _scores(pair, positions, held, rule)
+        newest = positions[:, :, own : own + 1]
+        evicted = columns == choose_victim(positions, scores, newest, rule, held)
+        last, held = mx.where(evicted, step, last), held & ~evicted
+    mx.eval(last)
+    flat = (-1, n_columns)
+    return ScanResult(last.reshape(flat), mx.zeros(last.shape).reshape(flat), None)
+
+
+def _prepared(keys: Entries, values: Entries, rule: Rule) -> tuple:
+    pair = dequantized(keys), dequantized(values)
+    return pair if rule.prepare is None else rule.prepare(*pair)
+
+
+def _scores(pair: tuple, positions: mx.array, held: mx.array, rule: Rule) -> mx.array:
+    """The policy's scores, float32 [B, H', S]."""
+    assert rule.score is not None
+    scores = rule.score(*pair, positions, held).astype(mx.float32)
+    if rule.per_head:
+        return mx.broadcast_to(scores, positions.shape)
+    return scores.mean(axis=1, keepdims=True)

@@ -1,0 +1,120 @@
+"""What is known of each slot, and how a token is written: of one layer or of a batch.
+
+Shapes: B rows of the batch, S slots; entries [B, n_kv_heads, S, head_dim]; H' is 1
+(granularity "layer") or n_kv_heads ("head").
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from ..policies import Rule
+from .entries import arrays_of, write
+from .formats import Storage
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# What is known of each slot: arrays with the slots in axis 2.
+PER_SLOT = ("keys", "values", "positions", "scores", "value_norms")
+
+_STEP = 256
+
+
+def position_range(batch: int, heads: int, start: int, n: int) -> mx.array:
+    """Return the n positions from `start` on, int32 [B, H', n]."""
+    count = mx.arange(start, start + n, dtype=mx.int32)
+    return mx.broadcast_to(count, (batch, heads, n))
+
+
+def tokens_held(offset: int, limit: int | None) -> int:
+    """Return how many tokens are held after `offset` seen."""
+    return offset if limit is None else min(offset, limit)
+
+
+def slots_to_allocate(n: int, limit: int | None) -> int:
+    """Return how many slots to allocate for n tokens."""
+    slots = -(-n // _STEP) * _STEP
+    return slots if limit is None else min(slots, limit + 1)
+
+
+def norms_of(values: mx.array) -> mx.array:
+    """Return the L2 norms of values [..., head_dim], float32."""
+    return mx.linalg.norm(values.astype(mx.float32), axis=-1)
+
+
+class SlotFields:
+    """The arrays of a layer under a rule.
+
+    Attributes:
+        keys, values: entries, or None while empty.
+        positions: int32 [B, H', S], or None where slot i holds position i.
+        scores: float32 [B, H', S], for rules with memory.
+        value_norms: float32 [B, n_kv_heads, S], L2, for value-weighted rules.
+        victim: uint32 [B, H', 1], the slot to write next, or None.
+    """
+
+    def __init__(self, rule: Rule, storage: Storage):
+        self.rule, self.storage = rule, storage
+        self.keys: Any = None
+        self.values: Any = None
+        self.positions: mx.array | None = None
+        self.scores: mx.array | None = None
+        self.value_norms: mx.array | None = None
+        self.victim: mx.array | None = None
+
+    def twin(self) -> Self:
+        """Return the same slots, to be changed while these stay as they are.
+
+        The arrays are shared until one of the two writes; MLX still writes in place if
+        the other is gone by the time that the write is evaluated.
+        """
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        """Those `PER_SLOT`, then the victim; None for one that is lacking."""
+        return (*(getattr(self, name) for name in PER_SLOT), self.victim)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(a.nbytes for entries in self.arrays for a in arrays_of(entries))
+
+    def eviction_heads(self, keys: Any) -> int:
+        """H': how many victims a row of the batch has per step."""
+        return keys.shape[1] if self.rule.per_head else 1
+
+    def tied(self, output: mx.array) -> mx.array:
+        """Return the output of an attention, evaluated with what is known of the slots.
+
+        Nothing else may read it for thousands of steps, and each would keep its graph,
+        and with it the step's arrays, alive.
+        """
+        known = (self.positions, self.scores, self.value_norms, self.victim)
+        read = [a for a in known if a is not None]
+        return mx.depends([output], read)[0] if read else output
+
+    def write_tokens(
+        self,
+        slot: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        positions: mx.array | None,
+    ) -> None:
+        """Write new tokens into the slots that `entries.write` takes.
+
+        keys, values: [B, n_kv_heads, n, head_dim]; positions: int32 [B, H', n], read
+        only where positions are stored.
+        """
+        new_keys, new_values = self.storage.store(keys, values)
+        self.keys = write(self.keys, new_keys, slot)
+        self.values = write(self.values, new_values, slot)
+        if self.positions is not None:
+            self.positions = write(self.positions, positions, slot)
+        if self.value_norms is not None:
+            self.value_norms = write(self.value_norms, norms_of(values), slot)
