@@ -164,7 +164,9 @@ def main() -> int:
     parser.add_argument("--no-race", action="store_true", help="compare only")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    from common import demo_model_path, provenance
+    from common import provenance
+
+    from tova_mlx.models.demo import demo_model_path
 
     revision = ["git", "-C", str(args.before), "rev-parse", "--short", "HEAD"]
     result = {

@@ -20,7 +20,6 @@ from test_cache import CASES, EXTRA
 from tova_mlx import (
     PolicyKVCache,
     TOVACache,
-    attention,
     convert,
     load_prompt_cache,
     make_prompt_cache,
@@ -28,6 +27,7 @@ from tova_mlx import (
 )
 from tova_mlx.caches.refusals import check_entries
 from tova_mlx.errors import CacheStateError, OptionError
+from tova_mlx.hooks import dispatcher
 from tova_mlx.models.saved import fingerprint, prompt_path
 
 SIZES = [19, 1, 1, 1]
@@ -206,7 +206,7 @@ CANNOT_BE = [
     (config(storage=[4, 4, 10**9]), "kv_group_size"),
     (config(storage=[None, None]), "unpack|storage"),
     (config(storage=[None, None, 8]), "storage"),
-    (config(storage=[8, 8, 64]), "rows of"),
+    (config(storage=[8, 8, 64]), "not quantised"),
     (config(rule=[]), "state of"),
     (lambda s: s["config"].pop("rule"), "rule"),
     (lambda s: s["config"]["rule"].pop("max_size"), "max_size"),
@@ -230,8 +230,8 @@ CANNOT_BE = [
     (lambda s: s.update(offset=23), "positions"),
     (lambda s: s.update(keys=None), "no keys"),
     (lambda s: s.update(keys=None, values=None), "no keys"),
-    (lambda s: s.update(keys=s["keys"][:, 0]), "rows"),
-    (lambda s: s.update(keys=[s["keys"]] * 3), "rows"),
+    (lambda s: s.update(keys=s["keys"][:, 0]), "entries"),
+    (lambda s: s.update(keys=[s["keys"]] * 3), "entries"),
     (lambda s: s.update(keys=s["keys"][..., :0]), "keys"),
     (of_type("keys", mx.int32), "int32"),
     (of_type("keys", mx.float16), "float16.*float32"),
@@ -250,14 +250,14 @@ CANNOT_BE = [
     (lambda s: s.update(positions=s["positions"] * 0), "positions"),
     (lambda s: s.update(positions=-s["positions"]), "positions"),
     (lambda s: s.update(positions=s["positions"] + 1), "positions"),
-    *[(set_at("keys", (0, 1, 2, 3), bad), "no numbers") for bad in (np.nan, np.inf)],
-    *[(set_at("values", (0, 1, 2, 3), bad), "no numbers") for bad in (np.nan, np.inf)],
+    *[(set_at("keys", (0, 1, 2, 3), bad), "not numbers") for bad in (np.nan, np.inf)],
+    *[(set_at("values", (0, 1, 2, 3), bad), "not numbers") for bad in (np.nan, np.inf)],
     *[
-        (lambda s, bad=bad: s.update(scores=s["scores"] * bad), "scores that are no")
+        (lambda s, bad=bad: s.update(scores=s["scores"] * bad), "scores that are not")
         for bad in (np.nan, np.inf)
     ],
     *[
-        (lambda s, bad=bad: s.update(norms=s["norms"] * bad), "norms that are no")
+        (lambda s, bad=bad: s.update(norms=s["norms"] * bad), "norms that are not")
         for bad in (np.nan, np.inf)
     ],
 ]
@@ -386,7 +386,7 @@ def feed_rows(cache, lengths, seed=0):
         mask = cache.make_mask(n)
         k, v = cache.update_and_fetch(k, v)
         outputs.append(
-            attention.dispatch(q, k, v, cache=cache, scale=0.3, mask=mask, sinks=None)
+            dispatcher.dispatch(q, k, v, cache=cache, scale=0.3, mask=mask, sinks=None)
         )
     return np.array(mx.concatenate(outputs, axis=2))
 

@@ -53,9 +53,14 @@ def attend_and_evict(
         output, _ = attend_newest(queries, keys, values, args)
         if slots.evicted:
             assert slots.positions is not None
-            stored = (first_slots(e, n) for e in (slots.keys, slots.values))
-            positions = first_slots(slots.positions, n)
-            victim = scored_step(*stored, positions, slots.held, slots.newest, rule)
+            victim = scored_step(
+                first_slots(slots.keys, n),
+                first_slots(slots.values, n),
+                first_slots(slots.positions, n),
+                slots.held,
+                slots.newest,
+                rule,
+            )
     elif kernels_wanted():
         # Two passes over the keys: the fused attention gives no weights. The slots go
         # whole into both, the kernel has their logits only, and nothing holds on to

@@ -1,5 +1,7 @@
 """Attention of new tokens: with the weights of the newest, and to quantised entries."""
 
+from typing import Any
+
 import mlx.core as mx
 
 from ..storage.entries import Entries, is_plain, product
@@ -11,7 +13,7 @@ BLOCK = 256
 
 
 def attend_newest(
-    queries: mx.array, keys: Entries, values: Entries, args: AttentionArgs
+    queries: mx.array, keys: Any, values: Any, args: AttentionArgs
 ) -> tuple[mx.array, mx.array]:
     """Output [B, n_heads, 1, D] and softmax weights, float32 [B, n_kv_heads, G, S].
 
@@ -29,7 +31,7 @@ def attend_newest(
 
 
 def plain_attention(
-    queries: mx.array, keys: Entries, values: Entries, args: AttentionArgs
+    queries: mx.array, keys: Any, values: Any, args: AttentionArgs
 ) -> mx.array:
     """Output [B, n_heads, L, D], as mlx-lm's own; quantised entries stay as they are.
 

@@ -21,7 +21,7 @@ from ..attention.evict import attend_and_evict, mark_oldest
 from ..attention.softmax import attend_newest
 from ..errors import CacheStateError
 from ..hooks.layers import total
-from ..storage.entries import Entries, each, join, pad, to_mlx
+from ..storage.entries import Entries, arrays_of, each, join, pad, to_mlx
 from ..storage.fields import tokens_held
 from ..storage.stack import Stack, step_mask
 from .base import Pending, PolicyCache, calling_module
@@ -249,7 +249,7 @@ class BatchPolicyKVCache(PolicyCache):
     def state(self) -> list[Any]:
         """All arrays, to be evaluated."""
         if self._stack is not None:
-            return self._stack.arrays
+            return [a for e in self._stack.arrays for a in arrays_of(e)]
         return [row.state for row in self._rows]
 
     # Rows

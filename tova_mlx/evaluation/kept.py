@@ -73,23 +73,25 @@ def departures(
 
     options: the policy's own.
     """
-    caches = list(new_cache(model, setting, **options))
+    caches = new_cache(model, setting, **options)
+    # A layer of some models has two caches.
+    parts = [(i, leaf) for i, cache in enumerate(caches) for leaf in leaves([cache])]
     new: list[tuple[int, Sequence[int], mx.array]] = []
     evicted: dict[int, list[Evicted]] = {}
-    with observe_evictions(caches, lambda *eviction: new.append(eviction)):
+    with observe_evictions([leaf for _, leaf in parts], lambda *e: new.append(e)):
         for _ in read(model, mx.array([ids]), caches, step, progress):
             # Now: what waits would keep the arrays of every step alive.
-            for layer, steps, positions in new:
-                parts = evicted.setdefault(layer, [])
-                parts.append((np.array(steps), np.array(positions[0])))
+            for i, steps, positions in new:
+                evictions = evicted.setdefault(i, [])
+                evictions.append((np.array(steps), np.array(positions[0])))
             new.clear()
-    layers: dict[int, Gone] = {}
-    for layer, cache in enumerate(caches):
-        for leaf in leaves([cache]):
-            # Some models make caches that they do not use.
-            if isinstance(leaf, PolicyKVCache) and not leaf.empty():
-                layers[layer] = _last_steps(leaf.offset, evicted[layer])
-    return layers
+    layers: dict[int, list[Gone]] = {}
+    for i, (layer, leaf) in enumerate(parts):
+        # Some models make caches that they do not use.
+        if isinstance(leaf, PolicyKVCache) and not leaf.empty():
+            last = _last_steps(leaf.offset, evicted[i])
+            layers.setdefault(layer, []).append(last)
+    return {layer: np.concatenate(several) for layer, several in layers.items()}
 
 
 def _last_steps(n_tokens: int, evicted: list[Evicted]) -> Gone:

@@ -7,7 +7,7 @@ flattened, H' = 1 (layer) or n_kv_heads (head); N = n_held + L columns in order 
 position; the token of step i is column n_held + i.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -160,9 +160,7 @@ class _Weights:
             received[broken] = 0
         return received
 
-    def _without_evicted(
-        self, step: int, held: Floats
-    ) -> tuple[Floats, Floats, npt.NDArray[np.bool_]]:
+    def _without_evicted(self, step: int, held: Floats) -> tuple[Floats, Floats, Any]:
         """Exponentials against the maximum of the held, totals, and what is broken."""
         visible = np.where(held[:, None] > 0, self._logits[:, :, step], -np.inf)
         top = _top(visible, self._sinks)
@@ -170,7 +168,8 @@ class _Weights:
         total = weights.sum(axis=-1)
         if self._sinks is not None:
             total += _exp(self._sinks[..., None], top)[..., 0]
-        return weights, np.maximum(total, _TINY), ~np.isfinite(top).all(axis=1)
+        broken = np.logical_not(np.isfinite(top).all(axis=1))
+        return weights, np.maximum(total, _TINY), broken
 
 
 def _top(logits: Floats, sink: Floats | None) -> Floats:

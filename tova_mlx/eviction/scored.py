@@ -3,6 +3,8 @@
 Any function of the keys, values and positions held will do, see `policies.Policy`.
 """
 
+from typing import Any
+
 import mlx.core as mx
 
 from ..policies import Rule
@@ -67,12 +69,14 @@ def scored_scan(
     return ScanResult(last.reshape(flat), mx.zeros(last.shape).reshape(flat), None)
 
 
-def _prepared(keys: Entries, values: Entries, rule: Rule) -> tuple:
+def _prepared(keys: Entries, values: Entries, rule: Rule) -> tuple[Any, Any]:
     pair = dequantized(keys), dequantized(values)
     return pair if rule.prepare is None else rule.prepare(*pair)
 
 
-def _scores(pair: tuple, positions: mx.array, held: mx.array, rule: Rule) -> mx.array:
+def _scores(
+    pair: tuple[Any, Any], positions: mx.array, held: mx.array, rule: Rule
+) -> mx.array:
     """The policy's scores, float32 [B, H', S]."""
     assert rule.score is not None
     scores = rule.score(*pair, positions, held).astype(mx.float32)

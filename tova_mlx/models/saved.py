@@ -249,7 +249,7 @@ def _shapes(cache: Any) -> str | None:
     """What the keys and values of a token are."""
     said = []
     for name in ("keys", "values"):
-        entries = getattr(cache, name, None)
+        entries: Any = getattr(cache, name, None)
         if len(getattr(entries, "shape", ())) != 4:
             return None
         heads, width = entries.shape[1], entries.shape[-1]

@@ -33,7 +33,8 @@ class AffineEntries(NamedTuple):
         return (*self.data.shape[:3], self.data.shape[3] * 32 // self.bits)
 
     def with_arrays(self, arrays: Iterable[mx.array]) -> "AffineEntries":
-        return AffineEntries(*arrays, self.bits, self.group_size)
+        data, scales, biases = arrays
+        return AffineEntries(data, scales, biases, self.bits, self.group_size)
 
     def dequantized(self) -> mx.array:
         return self._dequantized(*self.arrays)

@@ -137,7 +137,7 @@ def after(entries: Any, read: list[mx.array]) -> Any:
     return each(lambda a: mx.depends([a], read)[0], entries)
 
 
-def dequantized(entries: Entries) -> mx.array:
+def dequantized(entries: Any) -> mx.array:
     """Return entries as one float32 array."""
     return entries.astype(mx.float32) if is_plain(entries) else entries.dequantized()
 

@@ -277,7 +277,7 @@ class Slots(SlotFields):
             if (entries := getattr(self, name)) is not None:
                 parts = [first_slots(entries, n), *(getattr(e, name) for e in back)]
                 setattr(self, name, join(parts))
-        positions = self.positions
+        positions: Any = self.positions
         return mx.argsort(mx.where(positions < to, positions, _LAST), axis=-1)
 
     def _positions(self, keys: Any, start: int, n: int) -> mx.array:

@@ -105,8 +105,10 @@ def _entries(state: Any, form: Any) -> Any:
         if isinstance(state, mx.array):
             raise ValueError("entries that are not quantised")
         return form.from_state(state)
-    if not _is_array(state, 4) or not mx.issubdtype(state.dtype, mx.floating):
-        raise ValueError("entries that are not four-dimensional numbers")
+    if not _is_array(state, 4):
+        raise ValueError("entries that are not of four dimensions")
+    if not mx.issubdtype(state.dtype, mx.floating):
+        raise ValueError(f"entries of {state.dtype}")
     return state
 
 
