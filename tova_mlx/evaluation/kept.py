@@ -39,7 +39,7 @@ from .kinds import ENOUGH, KINDS
 from .plots import new_figure, save, style
 from .reading import Progress, new_cache, read
 from .results import Results, Setting
-from .statistics import mean_with_error
+from .statistics import mean_survival, mean_with_error
 
 # The step at which each token left, int32 [H', T]; T for one still there.
 Gone = npt.NDArray[np.int32]
@@ -158,10 +158,7 @@ def mean_lifetime(gone: Gone, chosen: npt.NDArray[np.bool_]) -> float:
         left = steps < n
         # One still there was seen not to leave through the last step, n - 1.
         seen = np.where(left, steps, n - 1) - arrived
-        times, deaths = np.unique(seen[left], return_counts=True)
-        at_risk = len(seen) - np.searchsorted(np.sort(seen), times)
-        stay = np.concatenate([[1.0], np.cumprod(1 - deaths / at_risk)])
-        means.append((stay * np.diff([0, *times, n])).sum())
+        means.append(mean_survival(seen, left, n))
     return float(np.mean(means))
 
 
