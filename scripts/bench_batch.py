@@ -16,16 +16,12 @@ import statistics
 import time
 from pathlib import Path
 
-from tova_mlx.hooks.blas import load_openblas
+import mlx.core as mx
+from common import load_demo_model, provenance
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import KVCache
 
-load_openblas()
-
-import mlx.core as mx  # noqa: E402
-from common import load_demo_model, provenance  # noqa: E402
-from mlx.utils import tree_flatten  # noqa: E402
-from mlx_lm.models.cache import KVCache  # noqa: E402
-
-from tova_mlx import make_prompt_cache  # noqa: E402
+from tova_mlx import make_prompt_cache
 
 
 def main() -> None:

@@ -15,15 +15,11 @@ import sys
 import time
 from pathlib import Path
 
-from tova_mlx.hooks.blas import load_openblas
+import mlx.core as mx
+from common import load_demo_model, provenance
+from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-load_openblas()
-
-import mlx.core as mx  # noqa: E402
-from common import load_demo_model, provenance  # noqa: E402
-from mlx_lm.models.cache import KVCache, RotatingKVCache  # noqa: E402
-
-from tova_mlx import make_prompt_cache  # noqa: E402
+from tova_mlx import make_prompt_cache
 
 SIZE, LENGTH, STEP = 512, 2048, 2048
 EXCERPT = Path(__file__).parent / "moby_dick_excerpt.txt"

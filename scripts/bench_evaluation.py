@@ -16,15 +16,11 @@ import sys
 import time
 from pathlib import Path
 
-from tova_mlx.hooks.blas import load_openblas
+import mlx.core as mx
+from common import load_demo_model, provenance
 
-load_openblas()
-
-import mlx.core as mx  # noqa: E402
-from common import load_demo_model, provenance  # noqa: E402
-
-from tova_mlx.evaluation.reading import token_losses  # noqa: E402
-from tova_mlx.evaluation.results import Setting  # noqa: E402
+from tova_mlx.evaluation.reading import token_losses
+from tova_mlx.evaluation.results import Setting
 
 POLICIES = ("tova", "fade", "keydiff")
 SIZE, LENGTH, LONG, STEP = 64, 512, 8192, 256

@@ -13,18 +13,14 @@ import statistics
 import time
 from pathlib import Path
 
-from tova_mlx.hooks.blas import load_openblas
+import mlx.core as mx
+from common import provenance
 
-load_openblas()
-
-import mlx.core as mx  # noqa: E402
-from common import provenance  # noqa: E402
-
-from tova_mlx.eviction import step_on_gpu  # noqa: E402
-from tova_mlx.eviction.kernels import scan_on_gpu  # noqa: E402
-from tova_mlx.eviction.scan import scan_on_cpu  # noqa: E402
-from tova_mlx.eviction.step import step_on_cpu  # noqa: E402
-from tova_mlx.policies import resolve_options  # noqa: E402
+from tova_mlx.eviction import step_on_gpu
+from tova_mlx.eviction.kernels import scan_on_gpu
+from tova_mlx.eviction.scan import scan_on_cpu
+from tova_mlx.eviction.step import step_on_cpu
+from tova_mlx.policies import resolve_options
 
 N_HEADS, N_KV_HEADS, ROWS = 32, 8, 256
 LIMITS = (512, 1024, 4096)

@@ -13,14 +13,10 @@ import statistics
 import time
 from pathlib import Path
 
-from tova_mlx.hooks.blas import load_openblas
+import mlx.core as mx
+from common import load_demo_model, provenance
 
-load_openblas()
-
-import mlx.core as mx  # noqa: E402
-from common import load_demo_model, provenance  # noqa: E402
-
-from tova_mlx import make_prompt_cache  # noqa: E402
+from tova_mlx import make_prompt_cache
 
 STORAGE = {
     "plain": {},

@@ -15,19 +15,15 @@ import argparse
 import json
 from pathlib import Path
 
-from tova_mlx.hooks.blas import load_openblas
+import mlx.core as mx
+import numpy as np
+from common import provenance
+from mlx_lm import load
 
-load_openblas()
-
-import mlx.core as mx  # noqa: E402
-import numpy as np  # noqa: E402
-from common import provenance  # noqa: E402
-from mlx_lm import load  # noqa: E402
-
-import tova_mlx.attention.block  # noqa: E402
-import tova_mlx.eviction.step  # noqa: E402
-from tova_mlx import POLICIES, make_prompt_cache  # noqa: E402
-from tova_mlx.models.demo import demo_model_path  # noqa: E402
+import tova_mlx.attention.block
+import tova_mlx.eviction.step
+from tova_mlx import POLICIES, make_prompt_cache
+from tova_mlx.models.demo import demo_model_path
 
 EXCERPT = Path(__file__).parent / "moby_dick_excerpt.txt"
 

@@ -1,8 +1,15 @@
-"""What the scripts share: where a figure comes from, and blocks of the README."""
+"""What the scripts share: where a figure comes from, and blocks of the README.
+
+A script that imports this has MLX's matrix products on OpenBLAS, where there is one.
+"""
 
 import sys
 from pathlib import Path
 from typing import Any
+
+from tova_mlx.hooks.blas import load_openblas
+
+load_openblas()
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -73,9 +73,6 @@ def _names(names: list[str]) -> str:
 
 
 def _run() -> Outcomes:
-    from tova_mlx.hooks.blas import load_openblas
-
-    load_openblas()
     sys.path.insert(0, str(ROOT / "tests"))
     import zoo
     from contract import outcome

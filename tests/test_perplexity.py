@@ -58,7 +58,7 @@ def one_by_one(model, tokens, setting):
 
 
 def test_settings_have_full_and_tova_first_and_nothing_twice():
-    assert SETTINGS == [
+    assert [s[:2] for s in SETTINGS] == [
         ("full", None),
         ("tova", 16),
         ("streaming", 16),
@@ -84,7 +84,7 @@ def test_rows_say_what_was_measured(model, windows, tmp_path):
     read = []
     perplexity, rows = measure(model, windows, tmp_path, progress=read.append)
     assert sum(read) == len(SETTINGS) * 2 * 299
-    assert [(r["policy"], r["max_kv_size"]) for r in rows] == SETTINGS
+    assert [(r["policy"], r["max_kv_size"]) for r in rows] == [s[:2] for s in SETTINGS]
     full, tova = rows[:2]
     losses = token_losses(model, mx.array(windows), SETTINGS[0], 64)
     assert full["value"] == pytest.approx(math.exp(losses.mean()), rel=1e-5)
@@ -140,9 +140,9 @@ def test_rows_without_losses_are_read_again_only_for_new_rows(model, windows, tm
         file.unlink()
     assert perplexity.missing(SETTINGS) == []
     path = tmp_path / "results.jsonl"
-    assert SETTINGS[4] == ("tova", 64)
-    assert SETTINGS[6] == ("fade", 64)
-    without = [r for r in rows if (r["policy"], r["max_kv_size"]) != SETTINGS[6]]
+    assert SETTINGS[4][:2] == ("tova", 64)
+    assert SETTINGS[6][:2] == ("fade", 64)
+    without = [r for r in rows if (r["policy"], r["max_kv_size"]) != SETTINGS[6][:2]]
     path.write_text("".join(json.dumps(row) + "\n" for row in without))
     results = Results(tmp_path, COMMON, SAME)
     perplexity = Perplexity(results, windows, 64)

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from ..tables import table
 from .options import cache_arguments, cache_options, check, model_option
 
 LENGTHS = (8_192, 32_768, 131_072)
@@ -47,6 +48,9 @@ def info(as_json: bool, **options: Any) -> None:
         return
     click.echo(f"{path}\n{report}")
     most = report.totals["bytes_at_most"]
-    for length, size in unbounded.items():
-        share = "" if most is None else f" ({size / most:.1f} x the bounded)"
-        click.echo(f"unbounded cache at {length:>6} tokens: {size:,} bytes{share}")
+    lines = [
+        (n, f"{size:,}", "" if most is None else f"{size / most:.1f}")
+        for n, size in unbounded.items()
+    ]
+    heads = ("tokens", "bytes unbounded", "" if most is None else "times the bounded")
+    click.echo(table([heads, *lines], "> > >"))

@@ -42,11 +42,10 @@ class Answers:
 
     def add(self, prompt: str, setting: Setting, **values: Any) -> dict[str, Any]:
         """Append an answer and have it on the disk when this returns."""
-        answer = {"prompt": prompt, **setting._asdict(), **values, **self._same}
+        answer = {"prompt": prompt, **setting.to_row(), **values, **self._same}
         self._lines.add(answer, ensure_ascii=False)
         self._remember(answer)
         return answer
 
     def _remember(self, answer: dict[str, Any]) -> None:
-        setting = Setting(answer["policy"], answer["max_kv_size"])
-        self._known[answer["prompt"], setting] = answer
+        self._known[answer["prompt"], Setting.of(answer)] = answer

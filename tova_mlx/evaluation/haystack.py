@@ -9,6 +9,7 @@ import numpy as np
 
 from ..errors import EvaluationError
 from .asking import asked
+from .sentences import sentences
 
 _PROMPT = "Read this text. A question about it follows.\n\n{}\n\nQuestion: {}"
 _CITIES = "Lisbon Geneva Nairobi Havana Oslo Kyoto Quito Dublin Cairo Prague Lima Perth"
@@ -23,12 +24,6 @@ _PLACES = (
     "sleeping volcano, inside the velvet theatre"
 )
 _SMALL_WORDS = "a the to beside under behind on in above near inside"
-
-# After a full stop and closing marks, before what a sentence can begin with.
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)]*(?=\s+[\"'“‘(]*[A-Z])")
-_NO_END = re.compile(
-    r"\b(Mrs?|Messrs|Dr|St|Esq|Capt|Col|Gen|Lieut|Prof|Rev|Hon|No|Vol|[A-Z])\.$"
-)
 
 
 class Fact(NamedTuple):
@@ -67,16 +62,6 @@ KINDS: dict[str, Callable[[random.Random], Fact]] = {
     "digits": _digits,
     "sentence": _sentence,
 }
-
-
-def sentences(text: str) -> list[str]:
-    """A text, its lines joined to paragraphs, cut where its sentences end."""
-    paragraphs = (" ".join(p.split()) for p in re.split(r"\n\s*\n", text))
-    text = "\n\n".join(p for p in paragraphs if p)
-    ends = (m.end() for m in _SENTENCE_END.finditer(text))
-    cuts = [e for e in ends if not _NO_END.search(text[max(0, e - 9) : e])]
-    pairs = zip([0, *cuts], [*cuts, len(text)], strict=True)
-    return [text[a:b] for a, b in pairs if b > a]
 
 
 class Haystack:

@@ -19,7 +19,7 @@ tokens is the same for every policy. Its tags are NLTK's, ours those of `kinds`.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,18 @@ from ..errors import EvaluationError
 from ..hooks.layers import leaves
 from ..policies import POLICIES
 from .kinds import ENOUGH, KINDS
-from .plots import new_figure, save, style
+from .plots import Style, bar_style, legend_below, line_of, new_figure, save, styles
 from .reading import Progress, new_cache, read
 from .results import Results, Setting
-from .statistics import mean_with_error
+from .statistics import mean_survival, mean_with_error
 
 # The step at which each token left, int32 [H', T]; T for one still there.
 Gone = npt.NDArray[np.int32]
 # Steps [n], and the positions evicted after each [H', n].
 Evicted = tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]
+
+# The rows of each setting, one a layer.
+Settings = list[list[dict[str, Any]]]
 
 # How many of the first tokens are looked at one by one.
 N_FIRST = 4
@@ -125,10 +128,7 @@ def mean_lifetime(gone: Gone, chosen: npt.NDArray[np.bool_]) -> float:
         left = steps < n
         # One still there was seen not to leave through the last step, n - 1.
         seen = np.where(left, steps, n - 1) - arrived
-        times, deaths = np.unique(seen[left], return_counts=True)
-        at_risk = len(seen) - np.searchsorted(np.sort(seen), times)
-        stay = np.concatenate([[1.0], np.cumprod(1 - deaths / at_risk)])
-        means.append((stay * np.diff([0, *times, n])).sum())
+        means.append(mean_survival(seen, left, n))
     return float(np.mean(means))
 
 
@@ -256,7 +256,7 @@ def relative(lifetimes: list[dict[str, float]]) -> dict[str, float]:
     return {k: sum(layer[k] for layer in lifetimes) / every for k in kinds}
 
 
-def plot(settings: list[list[dict[str, Any]]], path: Path) -> Path | None:
+def plot(settings: Settings, path: Path) -> Path | None:
     """Per size, the share of recent by layer and the lifetimes by kind.
 
     settings: the rows of each; None if there is none but `full`.
@@ -264,7 +264,9 @@ def plot(settings: list[list[dict[str, Any]]], path: Path) -> Path | None:
     bounded = [rows for rows in settings if rows[0]["max_kv_size"] is not None]
     if not bounded:
         return None
-    bounded.sort(key=lambda rows: list(POLICIES).index(rows[0]["policy"]))
+    order = {policy: i for i, policy in enumerate(POLICIES)}
+    bounded.sort(key=lambda rows: order.get(rows[0]["policy"], len(order)))
+    looks = styles(rows[0] for rows in bounded)
     sizes = sorted({rows[0]["max_kv_size"] for rows in bounded})
     figure, axes = new_figure(
         13,
@@ -276,10 +278,9 @@ def plot(settings: list[list[dict[str, Any]]], path: Path) -> Path | None:
     )
     for (left, right), size in zip(axes, sizes, strict=True):
         mine = [rows for rows in bounded if rows[0]["max_kv_size"] == size]
-        _plot_shares(left, mine, size)
-        _plot_lifetimes(right, mine, size)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        _plot_shares(left, mine, size, looks)
+        _plot_lifetimes(right, mine, size, looks)
+    legend_below(figure, axes[:, 0], 12)
     first = bounded[0][0]
     figure.suptitle(
         f"Which tokens are kept: {first['model']}, {first['text']}, "
@@ -288,13 +289,15 @@ def plot(settings: list[list[dict[str, Any]]], path: Path) -> Path | None:
     return save(figure, path)
 
 
-def _plot_shares(axes: Any, settings: list[list[dict[str, Any]]], size: int) -> None:
+def _plot_shares(
+    axes: Any, settings: Settings, size: int, looks: Mapping[str, Style]
+) -> None:
     for rows in settings:
         axes.plot(
             [row["layer"] for row in rows],
             [100 * row["value"] for row in rows],
             markersize=4,
-            **style(rows[0]["policy"]),
+            **looks[line_of(rows[0])],
         )
     axes.set_xlabel("layer")
     axes.set_ylabel(f"share of the newest {size} (%)")
@@ -304,17 +307,18 @@ def _plot_shares(axes: Any, settings: list[list[dict[str, Any]]], size: int) -> 
     axes.grid(alpha=0.3)
 
 
-def _plot_lifetimes(axes: Any, settings: list[list[dict[str, Any]]], size: int) -> None:
+def _plot_lifetimes(
+    axes: Any, settings: Settings, size: int, looks: Mapping[str, Style]
+) -> None:
     counts = settings[0][0]["counts"]
     width = 0.84 / len(settings)
     for i, rows in enumerate(settings):
         ratios = relative([row["lifetimes"] for row in rows])
-        look = style(rows[0]["policy"])
         bars = axes.bar(
             np.arange(len(counts)) + (i - (len(settings) - 1) / 2) * width,
             [ratios[kind] for kind in counts],
             width,
-            color=look["color"],
+            **bar_style(looks[line_of(rows[0])]),
         )
         for bar, n in zip(bars, counts.values(), strict=True):
             bar.set_alpha(1 if n >= ENOUGH else 0.3)

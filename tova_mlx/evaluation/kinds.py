@@ -19,6 +19,8 @@ import re
 from collections import Counter
 from typing import Any
 
+from .sentences import sentence_ends
+
 KINDS = (
     "punctuation",
     "number",
@@ -68,9 +70,10 @@ _FUNCTION = _words(
     not never too very also only just even still there here then now thus hence again
     """
 )
-# A full stop after these ends no sentence.
-_ABBREVIATED = _words("mr mrs ms dr st rev esq col capt gen lt prof messrs")
+# Titles, which are proper nouns wherever they stand.
+_TITLES = _words("mr mrs ms dr st rev esq col capt gen lt prof messrs")
 _OPENING_QUOTES = '"“‘'
+_EMPTY_LINE = re.compile(r"\n\s*\n")
 # The most tokens that a character is ever cut into.
 _LONGEST = 4
 
@@ -118,10 +121,10 @@ def decode(tokenizer: Any, ids: list[int]) -> tuple[str, list[tuple[int, int]]]:
 
 def tag(text: str) -> list[str]:
     """The kind of each character of a text."""
-    parts = [(m.lastgroup or "", m.group()) for m in _PARTS.finditer(text)]
-    names = _names(parts) | _ABBREVIATED
+    names = _names(text) | _TITLES
     kinds, word = [], ""
-    for kind, part in parts:
+    for match in _PARTS.finditer(text):
+        kind, part = match.lastgroup or "", match.group()
         if kind == "word":
             word = _plain(part)
             kind = "other word"
@@ -143,32 +146,26 @@ def _of_span(text: str, kinds: list[str], start: int, stop: int) -> str:
     return "whitespace" if first is None else kinds[first]
 
 
-def _names(parts: list[tuple[str, str]]) -> set[str]:
+def _names(text: str) -> set[str]:
     """Words that are written with a capital within sentences, and mostly so."""
     capital: Counter[str] = Counter()
     small: Counter[str] = Counter()
-    begins, abbreviated = True, False
-    for kind, part in parts:
-        if kind == "word":
+    paragraphs = [match.end() for match in _EMPTY_LINE.finditer(text)]
+    starts = sorted([0, *sentence_ends(text), *paragraphs], reverse=True)
+    begins = False
+    for match in _PARTS.finditer(text):
+        while starts and starts[-1] <= match.start():
+            starts.pop()
+            begins = True
+        part = match.group()
+        begins = begins or part in _OPENING_QUOTES
+        if match.lastgroup == "word":
             word = _plain(part)
             if not part[0].isupper():
                 small[word] += 1
             elif not begins:
                 capital[word] += 1
-            initial = len(part) == 1 and part.isupper() and part != "I"
-            abbreviated = initial or word in _ABBREVIATED
             begins = False
-            continue
-        if kind == "whitespace":
-            # An empty line.
-            begins = begins or part.count("\n") > 1
-        elif part in (".", "!", "?"):
-            begins = not (abbreviated and part == ".")
-        elif part in _OPENING_QUOTES:
-            begins = True
-        elif part not in ("”", "’", "'", "(", "["):
-            begins = False
-        abbreviated = False
     return {w for w, n in capital.items() if n > small[w] and not _is_function(w)}
 
 

@@ -13,7 +13,7 @@ import copy
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
@@ -24,7 +24,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .answers import Answers
-from .plots import draw_by_size, legend_below, new_figure, save, style
+from .plots import FULL, Style, draw_by_size, legend_below, new_figure, save, styles
 from .prompts import Prompt
 from .reading import Progress, answer, filled
 from .results import Results, Setting, missing
@@ -257,25 +257,25 @@ def _digest(*parts: Any) -> str:
 def plot(rows: Rows, path: Path) -> Path:
     """A panel per task: its value against tokens kept, `full` dashed."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
+    looks = styles(rows)
     figure, panels = new_figure(
         width=5 * len(tasks) + 1, ncols=len(tasks), squeeze=False
     )
     for axes, task in zip(panels[0], tasks, strict=True):
-        _panel(axes, [row for row in rows if row["task"] == task])
+        _panel(axes, [row for row in rows if row["task"] == task], looks)
     legend_below(figure, panels[0], 4 * len(tasks))
     figure.suptitle(f"{rows[0]['model']}: long-range tasks, ± standard error")
     return save(figure, path)
 
 
-def _panel(axes: Any, rows: Rows) -> None:
+def _panel(axes: Any, rows: Rows, looks: Mapping[str, Style]) -> None:
     for row in rows:
         if row["policy"] == "full":
             error = row["stderr"] or 0
             band = (row["value"] - error, row["value"] + error)
-            colour = style("full")["color"]
-            axes.axhspan(*band, color=colour, alpha=0.12, linewidth=0)
+            axes.axhspan(*band, color=FULL["color"], alpha=0.12, linewidth=0)
     # Side by side, or the bars of one size would cover each other.
-    sizes = draw_by_size(axes, rows, apart=0.08)
+    sizes = draw_by_size(axes, rows, looks, apart=0.08)
     if sizes:
         axes.set_xlim(sizes[0] / 1.6, sizes[-1] * 1.6)
         axes.minorticks_off()

@@ -133,21 +133,19 @@ def _mean(log_probabilities: list[float]) -> dict[str, Any]:
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per setting and kind, over all cells: accuracy and mean log-probability."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    groups: dict[tuple[Setting, str], list[dict[str, Any]]] = {}
     for row in rows:
-        key = (row["policy"], row["max_kv_size"], row["kind"])
-        groups.setdefault(key, []).append(row)
+        groups.setdefault((Setting.of(row), row["kind"]), []).append(row)
     return [
         {
-            "policy": policy,
-            "max_kv_size": size,
+            **setting.to_row(),
             "kind": kind,
             **_share(
                 sum(round(r["value"] * r["n"]) for r in some), sum(r["n"] for r in some)
             ),
             **_mean([p for r in some for p in r["log_probabilities"]]),
         }
-        for (policy, size, kind), some in groups.items()
+        for (setting, kind), some in groups.items()
     ]
 
 
@@ -158,8 +156,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> Path:
     """
     panels: dict[Setting, list[dict[str, Any]]] = {}
     for row in rows:
-        setting = Setting(row["policy"], row["max_kv_size"])
-        panels.setdefault(setting, []).append(row)
+        panels.setdefault(Setting.of(row), []).append(row)
     lengths = sorted({row["length"] for row in rows})
     depths = sorted({row["depth"] for row in rows})
 

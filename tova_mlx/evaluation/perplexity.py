@@ -8,7 +8,7 @@ compared on the same tokens.
 import math
 import os
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,16 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import EvaluationError
-from .plots import draw_by_size, legend_below, new_figure, save, style
+from .plots import (
+    FULL,
+    Style,
+    draw_by_size,
+    legend_below,
+    line_of,
+    new_figure,
+    save,
+    styles,
+)
 from .reading import Progress, token_losses
 from .results import Results, Setting, missing
 from .statistics import mean_with_error
@@ -52,7 +61,7 @@ class Perplexity:
         return missing(
             settings,
             measured=lambda s: self._row(s) is not None,
-            references=_references,
+            references=lambda s: list(_references(s).values()),
             saved=lambda s: self._saved(s) is not None,
         )
 
@@ -102,10 +111,10 @@ class Perplexity:
             "n": losses.size,
             "by_position": _by_position(losses),
         }
-        for other in _references(setting):
+        for name, other in _references(setting).items():
             ratio, error = self.compare(setting, other)
-            row[f"ratio_to_{other.policy}"] = _number(ratio)
-            row[f"ratio_to_{other.policy}_stderr"] = _number(error)
+            row[f"ratio_to_{name}"] = _number(ratio)
+            row[f"ratio_to_{name}_stderr"] = _number(error)
         return row
 
     def _row(self, setting: Setting) -> dict[str, Any] | None:
@@ -138,14 +147,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> Path:
     figure, grid = new_figure(
         width=12 if changes else 7, ncols=2 if changes else 1, squeeze=False
     )
-    panels, first = grid[0], rows[0]
-    draw_by_size(panels[0], rows)
+    panels, first, looks = grid[0], rows[0], styles(rows)
+    draw_by_size(panels[0], rows, looks)
     panels[0].set_yscale("log")
     panels[0].yaxis.set_major_formatter("{x:.0f}")
     panels[0].yaxis.set_minor_formatter("{x:.0f}")
     panels[0].set_ylabel("perplexity (lower is better)")
     if changes:
-        _draw_changes(panels[1], changes)
+        _draw_changes(panels[1], changes, looks)
     figure.suptitle(
         f"{first['model']}, {first['text']}: {first['tokens']:,} tokens in contexts "
         f"of {first['context']:,}; bars: standard error"
@@ -160,25 +169,33 @@ def _change(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "value": change, "stderr": None if error is None else 100 * error}
 
 
-def _draw_changes(axes: Any, changes: list[dict[str, Any]]) -> None:
-    draw_by_size(axes, changes, apart=0.03)
-    axes.axhline(0, **style("full"))
-    # The better half of the policies in full: the worst would flatten them.
+def _draw_changes(
+    axes: Any, changes: list[dict[str, Any]], looks: Mapping[str, Style]
+) -> None:
+    draw_by_size(axes, changes, looks, apart=0.03)
+    axes.axhline(0, **FULL)
+    # The better half of the lines in full: the worst would flatten them.
     worst: dict[str, float] = {}
     for row in changes:
-        most = row["value"] + (row["stderr"] or 0)
-        worst[row["policy"]] = max(most, worst.get(row["policy"], most))
+        most, line = row["value"] + (row["stderr"] or 0), line_of(row)
+        worst[line] = max(most, worst.get(line, most))
     top = 1.2 * max(1.0, statistics.median(worst.values()))
     axes.set_ylim(min(0, *(r["value"] for r in changes)) - 0.05 * top, top)
     axes.set_ylabel("change from full, on the same tokens (%)")
 
 
-def _references(setting: Setting) -> list[Setting]:
-    """What a setting is compared with: `full`, and `tova` of the same size."""
-    if setting.policy == "full":
-        return []
-    others = [Setting("full", None), Setting("tova", setting.max_kv_size)]
-    return [other for other in others if other != setting]
+def _references(setting: Setting) -> dict[str, Setting]:
+    """What a setting is compared with, by the names that its row has for them.
+
+    `full`; `tova` of the same size and bits; and of what is quantised, `plain`: the
+    same without.
+    """
+    others = {"full": Setting("full", None)}
+    if setting.max_kv_size is not None:
+        others["tova"] = setting._replace(policy="tova")
+    if setting != setting.plain:
+        others["plain"] = setting.plain
+    return {name: other for name, other in others.items() if other != setting}
 
 
 def _perplexity(losses: Losses) -> tuple[float, float]:

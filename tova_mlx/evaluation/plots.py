@@ -3,12 +3,12 @@
 Colours: Okabe and Ito, "Color Universal Design" (2008).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import EvaluationError
-from ..policies import POLICIES
+from .results import Setting
 
 _COLOURS = (
     "#0072B2",
@@ -19,8 +19,14 @@ _COLOURS = (
     "#E69F00",
     "#000000",
 )
-_MARKS = "osD^vPX"
-_ORDER = [name for name in POLICIES if name != "full"]
+_MARKS = "osD^vPX<>*hp8"
+_LINES = ("-", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 4)))
+_HATCHES = ("", "///", "...", "xxx", "---")
+# Each has the look of its place in every figure; a new policy goes to the end.
+_KNOWN = ("window", "streaming", "h2o", "tova", "vatp", "fade", "keydiff")
+FULL = {"color": "#555555", "linestyle": "--", "label": "full"}
+
+Style = dict[str, Any]
 
 
 def pyplot() -> Any:
@@ -43,41 +49,76 @@ def new_figure(width: float = 7, height: float = 4.5, **how: Any) -> tuple[Any, 
     return pyplot().subplots(figsize=(width, height), layout="constrained", **how)
 
 
-def style(policy: str) -> dict[str, Any]:
-    """Colour, mark and line of a policy, for `plot` or `errorbar`."""
-    if policy == "full":
-        return {"color": "#555555", "linestyle": "--", "label": "full"}
-    i = _ORDER.index(policy)
-    return {"color": _COLOURS[i], "marker": _MARKS[i], "label": policy}
+def line_of(row: dict[str, Any]) -> str:
+    """The line of a figure that a row belongs to: its setting but for the size."""
+    return str(Setting.of(row)._replace(max_kv_size=None))
+
+
+def styles(rows: Iterable[dict[str, Any]]) -> dict[str, Style]:
+    """Colour, mark and line of each of the rows' lines, for `plot` or `errorbar`.
+
+    A policy has one colour and mark, and the package's own have theirs in every figure.
+    What is quantised has open marks and other lines.
+    """
+    settings = dict.fromkeys(Setting.of(row)._replace(max_kv_size=None) for row in rows)
+    policies = dict.fromkeys([*_KNOWN, *(s.policy for s in settings)])
+    policies.pop("full", None)
+    places = {policy: i for i, policy in enumerate(policies)}
+    kinds = dict.fromkeys([(None, None), *(s[2:] for s in settings)])
+    storages = {kind: i for i, kind in enumerate(kinds)}
+    found: dict[str, Style] = {}
+    for setting in settings:
+        storage = storages[setting[2:]]
+        if setting.policy == "full":
+            look = {**FULL, "linestyle": "--" if not storage else (0, (storage, 2))}
+        else:
+            place = places[setting.policy]
+            look = {
+                "color": _COLOURS[place % len(_COLOURS)],
+                "marker": _MARKS[place % len(_MARKS)],
+                "linestyle": _LINES[(place // len(_COLOURS) + storage) % len(_LINES)],
+            }
+            if storage:
+                look["markerfacecolor"] = "none"
+        found[str(setting)] = {**look, "label": str(setting)}
+    return found
+
+
+def bar_style(look: Style) -> Style:
+    """What a line's look is for bars: hatched where the line is not solid."""
+    place = _LINES.index(look["linestyle"])
+    hatched = {"hatch": _HATCHES[place], "edgecolor": "white", "linewidth": 0}
+    return {"color": look["color"], **(hatched if place else {})}
 
 
 def draw_by_size(
-    axes: Any, rows: Sequence[dict[str, Any]], apart: float = 0.0
+    axes: Any,
+    rows: Sequence[dict[str, Any]],
+    looks: Mapping[str, Style],
+    apart: float = 0.0,
 ) -> list[int]:
     """Values with error bars against tokens kept, a line per policy; `full` dashed.
 
-    apart: how far the policies stand from each other at one size, in powers of two.
-    Returns the sizes.
+    looks: see `styles`; apart: how far the lines stand from each other at one size, in
+    powers of two. Returns the sizes.
     """
+    lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        if row["policy"] == "full":
-            axes.axhline(row["value"], **style("full"))
-    bounded = [row for row in rows if row["max_kv_size"]]
-    policies = list(dict.fromkeys(row["policy"] for row in bounded))
-    for i, policy in enumerate(policies):
-        mine = sorted(
-            (row for row in bounded if row["policy"] == policy),
-            key=lambda row: row["max_kv_size"],
-        )
-        shift = 2 ** (apart * (i - (len(policies) - 1) / 2))
+        if row["max_kv_size"] is None:
+            axes.axhline(row["value"], **looks[line_of(row)])
+        else:
+            lines.setdefault(line_of(row), []).append(row)
+    for i, (line, some) in enumerate(lines.items()):
+        some = sorted(some, key=lambda row: row["max_kv_size"])
+        shift = 2 ** (apart * (i - (len(lines) - 1) / 2))
         axes.errorbar(
-            [row["max_kv_size"] * shift for row in mine],
-            [row["value"] for row in mine],
-            yerr=[row["stderr"] or 0 for row in mine],
+            [row["max_kv_size"] * shift for row in some],
+            [row["value"] for row in some],
+            yerr=[row["stderr"] or 0 for row in some],
             capsize=3,
-            **style(policy),
+            **looks[line],
         )
-    sizes = sorted({row["max_kv_size"] for row in bounded})
+    sizes = sorted({row["max_kv_size"] for some in lines.values() for row in some})
     if sizes:
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, [str(size) for size in sizes])

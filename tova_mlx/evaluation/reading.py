@@ -25,7 +25,9 @@ def new_cache(model: nn.Module, setting: Setting, **options: Any) -> list[Any]:
 
     options: others of `make_prompt_cache`.
     """
-    policy, size = setting
+    policy, size, bits, group = setting
+    if bits is not None:
+        options = {"kv_bits": bits, "kv_group_size": group, **options}
     return make_prompt_cache(model, size, policy=policy, journal=0, **options)
 
 

@@ -19,21 +19,69 @@ from .lines import Lines
 
 
 class Setting(NamedTuple):
-    """What a row was measured with; `max_kv_size` is None for `full`."""
+    """What a row was measured with.
+
+    `max_kv_size` is None for `full`, the last two where nothing is quantised.
+    """
 
     policy: str
     max_kv_size: int | None
+    kv_bits: tuple[int, int] | None = None
+    kv_group_size: int | None = None
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> "Setting":
+        """Read the setting of a row; one that does not name bits is unquantised."""
+        bits = row.get("kv_bits")
+        return cls(
+            row["policy"],
+            row["max_kv_size"],
+            None if bits is None else tuple(bits),
+            row.get("kv_group_size"),
+        )
+
+    @property
+    def plain(self) -> "Setting":
+        """The same, unquantised."""
+        return Setting(self.policy, self.max_kv_size)
+
+    def to_row(self) -> dict[str, Any]:
+        """Name the fields as a row has them: bits only where something is quantised."""
+        fields = self._asdict()
+        if self.kv_bits is None:
+            del fields["kv_bits"], fields["kv_group_size"]
+        return fields
 
     def __str__(self) -> str:
-        return self.policy if self.max_kv_size is None else f"{self.policy} {self[1]}"
+        words = [self.policy]
+        if self.max_kv_size is not None:
+            words.append(str(self.max_kv_size))
+        if self.kv_bits is not None:
+            bits = ",".join(map(str, dict.fromkeys(self.kv_bits)))
+            words += [f"{bits}-bit", f"g{self.kv_group_size}"]
+        return " ".join(words)
 
 
-def settings(policies: tuple[str, ...], sizes: tuple[int, ...]) -> list[Setting]:
-    """`full`, then every policy at every size (tokens), `tova` before the others."""
-    bounded = [p for p in dict.fromkeys(policies) if p != "full"]
-    bounded.sort(key=lambda policy: policy != "tova")
-    sizes = tuple(dict.fromkeys(sizes))
-    return [Setting("full", None), *(Setting(p, s) for s in sizes for p in bounded)]
+def settings(
+    policies: Sequence[str],
+    sizes: Sequence[int],
+    quantised: Sequence[tuple[tuple[int, int], int]] = (),
+) -> list[Setting]:
+    """`full`, then every policy at every size (tokens), `tova` before the others.
+
+    quantised: pairs of kv_bits and kv_group_size, in which each is there too, after
+    those of its size that are not; `full` only where `policies` has it.
+    """
+    named = list(dict.fromkeys(policies))
+    bounded = sorted((p for p in named if p != "full"), key=lambda p: p != "tova")
+    quantised = list(dict.fromkeys(quantised))
+    full = [Setting("full", None, *how) for how in quantised if "full" in named]
+    return [Setting("full", None), *full] + [
+        Setting(policy, size, bits, group)
+        for size in dict.fromkeys(sizes)
+        for bits, group in [(None, None), *quantised]
+        for policy in bounded
+    ]
 
 
 def missing(
@@ -87,19 +135,19 @@ class Results:
             ) from error
 
     def rows(self, **values: Any) -> list[dict[str, Any]]:
-        """The rows of this run with these values."""
+        """The rows of this run with these values; None is also what is not there."""
         wanted = {**self._key, **values}
         # As JSON gives them back: tuples are lists there.
         wanted = json.loads(json.dumps(wanted))
         return [
             row
             for row in self._rows
-            if all(row.get(name, row) == value for name, value in wanted.items())
+            if all(row.get(name) == value for name, value in wanted.items())
         ]
 
     def add(self, setting: Setting, **values: Any) -> dict[str, Any]:
         """Append a row and have it on the disk when this returns."""
-        row = {**self.common, **setting._asdict(), **values}
+        row = {**self.common, **setting.to_row(), **values}
         self._rows.append(json.loads(self._lines.add(row)))
         return row
 

@@ -10,6 +10,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from ..caches.batch import BatchPolicyKVCache
 from ..caches.layer import PolicyKVCache
 from ..hooks.layers import leaves, total
+from ..tables import table
 
 OURS = (PolicyKVCache, BatchPolicyKVCache)
 
@@ -48,40 +49,24 @@ class Report:
         return {"layers": [asdict(r) for r in self.rows], "totals": self.totals}
 
     def __str__(self) -> str:
-        header = ("layer", "kind", "policy", "held", "seen", "bytes now", "at most")
-        lines: list[tuple[str, ...]] = [header]
-        for r in self.rows:
-            lines.append(
-                (
-                    str(r.layer),
-                    r.kind,
-                    r.policy or "–",
-                    str(r.tokens_held),
-                    str(r.tokens_seen),
-                    f"{r.bytes_now:,}",
-                    _bytes(r.bytes_at_most),
-                )
-            )
-        t = self.totals
-        lines.append(
+        heads = ("layer", "kind", "policy", "held", "seen", "bytes now", "at most")
+        lines = [
             (
-                "all",
-                "",
-                "",
-                str(t["tokens_held"]),
-                str(t["tokens_seen"]),
-                _bytes(t["bytes_now"]),
-                _bytes(t["bytes_at_most"]),
+                r.layer,
+                r.kind,
+                r.policy or "–",
+                r.tokens_held,
+                r.tokens_seen,
+                f"{r.bytes_now:,}",
+                _bytes(r.bytes_at_most),
             )
-        )
-        widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(w) if i in (1, 2) else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        )
+            for r in self.rows
+        ]
+        t = self.totals
+        held, seen = t["tokens_held"], t["tokens_seen"]
+        now, most = _bytes(t["bytes_now"]), _bytes(t["bytes_at_most"])
+        last = ("all", "", "", held, seen, now, most)
+        return table([heads, *lines, last], "> < < > > > >")
 
 
 def describe(cache_or_model: Any) -> Report:
