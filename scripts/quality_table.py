@@ -10,7 +10,7 @@ from pathlib import Path
 from common import write_block
 
 from tova_mlx import POLICIES
-from tova_mlx.cli.evaluation.tables import percent, pm
+from tova_mlx.cli.evaluation.figures import percent, pm
 
 RESULTS = Path(__file__).parents[1] / "results"
 

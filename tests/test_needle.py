@@ -11,7 +11,7 @@ import tiny
 from click.testing import CliRunner
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from tova_mlx.cli import evaluate, main, models
+from tova_mlx.cli import evaluation, main, models
 from tova_mlx.errors import EvaluationError
 from tova_mlx.evaluation import haystack as haystacks
 from tova_mlx.evaluation import needle, reading
@@ -386,7 +386,7 @@ def test_the_command_gives_a_table_rows_and_a_plot(command, tmp_path):
 
 
 def test_the_help_names_the_kinds_that_there_are():
-    parameters = evaluate.commands["needle"].params
+    parameters = evaluation.commands["needle"].params
     option: Any = next(p for p in parameters if p.name == "kinds")
     assert list(option.type.choices) == list(haystacks.KINDS)
 

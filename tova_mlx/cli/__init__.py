@@ -8,7 +8,7 @@ import click
 from .. import __version__
 from ..errors import TovaError
 from .chat import chat
-from .evaluation import evaluate
+from .evaluation import evaluation
 from .generate import generate
 from .info import info
 from .options import in_options
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 main.add_command(chat)
-main.add_command(evaluate)
+main.add_command(evaluation)
 main.add_command(generate)
 main.add_command(info)
 main.add_command(run)

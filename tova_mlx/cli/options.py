@@ -59,15 +59,16 @@ def model_option(command: F) -> F:
     )(command)
 
 
-def _bits(
-    context: click.Context, parameter: click.Parameter, value: str | None
-) -> int | tuple[int, ...] | None:
-    if value is None:
-        return None
-    parts = value.split(",")
-    if len(parts) > 2 or not all(p in ("4", "8") for p in parts):
-        raise click.BadParameter("use 4, 8, or a pair like 8,4")
-    return int(value) if len(parts) == 1 else tuple(map(int, parts))
+class KVBits(click.ParamType):
+    """Bits of quantised keys and values: a number for both, or a pair."""
+
+    name = "BITS[,BITS]"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int | tuple[int, ...]:
+        parts = str(value).split(",")
+        if len(parts) > 2 or not all(part in ("4", "8") for part in parts):
+            self.fail("use 4, 8, or a pair like 8,4", param, ctx)
+        return int(parts[0]) if len(parts) == 1 else tuple(map(int, parts))
 
 
 def cache_options(command: F) -> F:
@@ -116,8 +117,7 @@ def cache_options(command: F) -> F:
             ),
             click.option(
                 "--kv-bits",
-                metavar="BITS[,BITS]",
-                callback=_bits,
+                type=KVBits(),
                 help="Quantised keys and values: 4, 8, or a pair like 8,4.  "
                 "[default: as the model has them]",
             ),

@@ -9,14 +9,14 @@ from .perplexity import perplexity
 
 
 @click.group(name="eval", short_help="Quality for several policies and sizes")
-def evaluate() -> None:
+def evaluation() -> None:
     """Quality for several policies and sizes in one run; `full` is always a row
 
     Example: tova-mlx eval perplexity novel.txt --out results/novel
     """
 
 
-evaluate.add_command(perplexity)
-evaluate.add_command(needle)
-evaluate.add_command(longrange)
-evaluate.add_command(kept)
+evaluation.add_command(perplexity)
+evaluation.add_command(needle)
+evaluation.add_command(longrange)
+evaluation.add_command(kept)

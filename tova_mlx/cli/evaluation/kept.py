@@ -1,27 +1,20 @@
 """tova-mlx eval kept: which tokens each policy keeps while a text is read."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ...evaluation.kinds import ENOUGH
-from ...evaluation.lines import read_text
+from ...tables import table
 from ..options import TEXT_FILE
-from .options import (
-    begin,
-    check_settings,
-    eval_options,
-    first_ids,
-    named,
-    progress,
-)
+from .options import evaluation_options
+from .runner import Evaluation, begin, first_ids
 
 
 @click.command(short_help="Which tokens are kept")
 @click.argument("text", type=TEXT_FILE)
-@eval_options(sizes=(128, 512))
+@evaluation_options(sizes=(128, 512))
 @click.option(
     "--tokens",
     type=click.IntRange(min=2),
@@ -41,61 +34,62 @@ def kept(text: Path, as_json: bool, **options: Any) -> None:
     Example: tova-mlx eval kept novel.txt --policy tova --policy h2o
     --max-kv-size 256 --out results/kept
     """
-    check_settings(options)
-    written = read_text(text)
-    model, tokenizer, common = begin(options)
+    loaded = begin(options, text)
     from ...evaluation.kept import Kept, first_tokens, plot
     from ...evaluation.kinds import token_kinds
-    from ...evaluation.results import Results, settings
+    from ...evaluation.results import Results
+    from ...evaluation.statistics import scipy_stats
 
-    wanted = settings(options["policies"], options["sizes"])
-    ids = first_ids(tokenizer, written, options["tokens"])
+    # Before hours of work, not after them.
+    scipy_stats()
+    wanted = loaded.settings
+    ids = first_ids(loaded.tokenizer, loaded.text, options["tokens"])
     ids = first_tokens(ids, options["tokens"], wanted)
-    common |= {**named(text, written), "tokens": len(ids)}
     same = ("model", "dtype", "text", "text_sha256", "tokens")
-    results = Results(options["out"], common, same)
-    kinds = token_kinds(tokenizer, ids)
+    results = Results(options["out"], loaded.common | {"tokens": len(ids)}, same)
+    kinds = token_kinds(loaded.tokenizer, ids)
     measured = Kept(results, ids, kinds, options["prefill_step_size"])
-    to_read = len(measured.missing(wanted)) * len(ids)
-    figure = options["out"] / "kept.png"
-    done: list[list[dict[str, Any]]] = []
-    with progress(to_read, 15) as (advance, say):
-        for rows in measured.run(model, wanted, advance, say):
-            done.append(rows)
-            plot(done, figure)
-    if as_json:
-        every = [row for rows in done for row in rows]
-        click.echo(json.dumps({"rows": every, "path": str(results.path)}))
-        return
-    click.echo(_table(done))
+    Evaluation(
+        "kept",
+        results,
+        cost=len(measured.missing(wanted)) * len(ids),
+        measure=lambda *bar: measured.run(loaded.model, wanted, *bar),
+        plot=plot,
+        table=_table,
+        to_json=lambda settings: {"rows": [row for rows in settings for row in rows]},
+    ).run(as_json=as_json)
 
 
 def _table(settings: list[list[dict[str, Any]]]) -> str:
     first = settings[0][0]
     counts = ", ".join(f"{n} {kind}" for kind, n in first["counts"].items())
-    lines = [
+    notes = [
         f"{first['tokens']} tokens read: {counts}",
         "recent: of the tokens kept, the share of the newest max_kv_size seen (from – "
         "to: layers); half: of the newest half as many",
         "first token: share of layers and heads that keep it to the end, else steps",
         f"longest: lifetimes of kinds of {ENOUGH} tokens or more, times all tokens'",
         "",
-        f"{'policy':10} {'size':>5} {'recent':>7} {'from – to':>11} {'half':>5}  "
-        f"{'first token':20} longest",
     ]
-    for rows in settings:
-        policy, size = rows[0]["policy"], rows[0]["max_kv_size"]
-        if size is None:
-            lines.append(f"{policy:10} {'':5} everything is kept")
-            continue
-        shares = [row["value"] for row in rows]
-        half = _mean([row["share_newest_half"] for row in rows])
-        spread = f"{100 * min(shares):.0f} – {100 * max(shares):.0f} %"
-        lines.append(
-            f"{policy:10} {size:>5} {_percent(_mean(shares)):>7} {spread:>11} "
-            f"{_percent(half):>5}  {_first_token(rows):20} {_longest(rows)}"
-        )
-    return "\n".join(lines)
+    heads = ("policy", "size", "recent", "from – to", "half", "first token", "longest")
+    lines = [heads, *(_line(rows) for rows in settings)]
+    return "\n".join([*notes, table(lines, "<9 >5 >6 >10 >4 <20 <")])
+
+
+def _line(rows: list[dict[str, Any]]) -> tuple[object, ...]:
+    policy, size = rows[0]["policy"], rows[0]["max_kv_size"]
+    if size is None:
+        return (policy, "", "", "", "", "everything is kept", "")
+    shares = [row["value"] for row in rows]
+    return (
+        policy,
+        size,
+        _percent(_mean(shares)),
+        f"{100 * min(shares):.0f} – {100 * max(shares):.0f} %",
+        _percent(_mean([row["share_newest_half"] for row in rows])),
+        _first_token(rows),
+        _longest(rows),
+    )
 
 
 def _first_token(rows: list[dict[str, Any]]) -> str:

@@ -1,16 +1,17 @@
 """tova-mlx eval longrange: summaries, answers and stories over long texts."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ...evaluation.lines import read_text
+from ...tables import table
 from ..models import directory
 from ..options import TEXT_FILE, Finite
-from .options import begin, check_settings, eval_options, progress
-from .tables import percent, pm
+from .figures import percent, pm
+from .options import check_settings, evaluation_options
+from .runner import Evaluation, begin
 
 if TYPE_CHECKING:
     from ...evaluation.longrange import Task
@@ -22,7 +23,7 @@ _DATA = {"squality": "squality", "qasper": "qasper", "story": "text"}
 
 
 @click.command(short_help="Summaries, answers and stories over long texts")
-@eval_options(sizes=(256, 512, 1024))
+@evaluation_options(sizes=(256, 512, 1024))
 @click.option(
     "--task",
     "tasks",
@@ -99,13 +100,14 @@ def longrange(as_json: bool, **options: Any) -> None:
     examples = {name: _questions(name, options) for name in names if name != "story"}
     text = read_text(options["text"]) if "story" in names else ""
     path = directory(options["model"])
-    model, tokenizer, common = begin({**options, "model": path})
+    loaded = begin({**options, "model": path})
     from ...evaluation.answers import Answers
     from ...evaluation.longrange import LongRange, plot
     from ...evaluation.prompts import Prompts, trained_context
-    from ...evaluation.results import Results, settings
+    from ...evaluation.results import Results
     from ...evaluation.tasks import load_story
 
+    common, tokenizer = loaded.common, loaded.tokenizer
     prompts = Prompts(tokenizer, common["model"], trained_context(path))
     if text:
         how = (options["examples"], options["story_tokens"], tokenizer)
@@ -114,19 +116,17 @@ def longrange(as_json: bool, **options: Any) -> None:
     results = Results(options["out"], common, ("model", "dtype"))
     answers = Answers(options["out"], {n: common[n] for n in ("model", "dtype")})
     step = options["prefill_step_size"]
-    measured = LongRange(model, tokenizer, results, answers, step)
-    wanted = settings(options["policies"], options["sizes"])
-    rows = []
-    to_do = measured.cost(tasks, wanted)
-    with progress(to_do, 24) as (advance, say):
-        for row in measured.run(tasks, wanted, advance, say):
-            rows.append(row)
-            plot(rows, options["out"] / "longrange.png")
-    if as_json:
-        paths = {"path": str(results.path), "answers": str(answers.path)}
-        click.echo(json.dumps({"rows": rows, **paths}))
-        return
-    click.echo(_table(rows))
+    measured = LongRange(loaded.model, tokenizer, results, answers, step)
+    wanted = loaded.settings
+    Evaluation(
+        "longrange",
+        results,
+        cost=measured.cost(tasks, wanted),
+        measure=lambda *bar: measured.run(tasks, wanted, *bar),
+        plot=plot,
+        table=_table,
+        to_json=lambda rows: {"rows": rows, "answers": str(answers.path)},
+    ).run(as_json=as_json)
 
 
 def _chosen(options: dict[str, Any]) -> list[str]:
@@ -175,15 +175,20 @@ def _task(
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    head = f"{'task':9} {'unit':10} {'policy':9} {'size':>5} {'value':>15}"
-    lines = [f"{head} {'to full':>17} repeated"]
-    for row in rows:
-        size = row["max_kv_size"] or ""
-        line = f"{row['task']:9} {row['unit']:10} {row['policy']:9} {size:>5}"
-        repeated = f"{row['repetition']:8.1%}" if "repetition" in row else ""
-        value = pm(row["value"], row["stderr"], 3)
-        lines.append(f"{line} {value:>15} {_to_full(row):>17} {repeated}".rstrip())
-    return "\n".join(lines)
+    lines = [
+        (
+            row["task"],
+            row["unit"],
+            row["policy"],
+            row["max_kv_size"],
+            pm(row["value"], row["stderr"], 3),
+            _to_full(row),
+            f"{row['repetition']:.1%}" if "repetition" in row else "",
+        )
+        for row in rows
+    ]
+    heads = ("task", "unit", "policy", "size", "value", "to full", "repeated")
+    return table([heads, *lines], "<8 <10 <9 >5 >15 >16 >8")
 
 
 def _to_full(row: dict[str, Any]) -> str:

@@ -1,15 +1,16 @@
 """tova-mlx eval needle: a fact hidden in a text, asked for at its end."""
 
-import json
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ...evaluation.lines import read_text
+from ...tables import table
 from ..options import TEXT_FILE, Finite
-from .options import begin, check_settings, eval_options, named, progress
+from .figures import pm
+from .options import evaluation_options
+from .runner import Evaluation, begin
 
 
 @click.command(short_help="Retrieval of a fact hidden in a text")
@@ -19,7 +20,7 @@ from .options import begin, check_settings, eval_options, named, progress
     required=True,
     help="Text file that facts are hidden in, such as a novel.",
 )
-@eval_options(sizes=(256,))
+@evaluation_options(sizes=(256,))
 @click.option(
     "--length",
     "lengths",
@@ -67,56 +68,52 @@ def needle(text: Path, as_json: bool, **options: Any) -> None:
     Example: tova-mlx eval needle --text novel.txt --policy vatp --policy tova
     --max-kv-size 256 --length 1024 --out results/needle
     """
-    check_settings(options)
-    written = read_text(text)
-    model, tokenizer, common = begin(options)
+    loaded = begin(options, text)
     from ...evaluation import needle as task
     from ...evaluation.asking import check_template
     from ...evaluation.haystack import Cell, Haystack, draw
-    from ...evaluation.results import Results, settings
+    from ...evaluation.results import Results
+    from ...evaluation.statistics import scipy_stats
 
-    check_template(tokenizer, common["model"])
-    common |= {**named(text, written), "cases": options["n_cases"]}
-    haystack = Haystack(written, tokenizer)
+    # Before hours of work, not after them.
+    scipy_stats()
+    check_template(loaded.tokenizer, loaded.common["model"])
+    haystack = Haystack(loaded.text, loaded.tokenizer)
+    places = product(options["kinds"], options["lengths"], options["depths"])
     cells = {
         cell: draw(haystack, cell, options["n_cases"], options["seed"])
-        for cell in (
-            Cell(*place)
-            for place in product(
-                options["kinds"], options["lengths"], options["depths"]
-            )
-        )
+        for cell in (Cell(*place) for place in places)
     }
     same = ("model", "dtype", "seed", "text", "text_sha256", "cases")
+    common = loaded.common | {"cases": options["n_cases"]}
     results = Results(options["out"], common, same)
     measured = task.Needle(results, cells, options["prefill_step_size"])
-    wanted = settings(options["policies"], options["sizes"])
-    to_read = measured.to_read(wanted)
-    with progress(to_read, 7) as (advance, say):
-        say("Reading")
-        rows = list(measured.run(model, tokenizer, wanted, advance))
-    means = task.summary(rows)
-    picture = task.plot(rows, options["out"] / "needle.png")
-    if as_json:
-        paths = {"path": str(results.path), "plot": str(picture)}
-        click.echo(json.dumps({"summary": means, "rows": rows, **paths}))
-        return
-    click.echo(_table(means))
+    wanted = loaded.settings
+    Evaluation(
+        "needle",
+        results,
+        cost=measured.to_read(wanted),
+        measure=lambda advance, say: measured.run(
+            loaded.model, loaded.tokenizer, wanted, advance
+        ),
+        plot=task.plot,
+        table=lambda rows: _table(task.summary(rows)),
+        to_json=lambda rows: {"summary": task.summary(rows), "rows": rows},
+    ).run(as_json=as_json)
 
 
 def _table(means: list[dict[str, Any]]) -> str:
     lines = [
-        f"{'policy':10} {'size':>5} {'kind':8} {'accuracy':>8} {'95 %':>9}  "
-        f"{'log-probability':>15} {'cases':>5}"
-    ]
-    for row in means:
-        low, high = row["interval"]
-        mean = f"{row['mean_log_probability']:.2f}"
-        error = row["mean_log_probability_stderr"]
-        if error is not None:
-            mean += f" ± {error:.2f}"
-        lines.append(
-            f"{row['policy']:10} {row['max_kv_size'] or '':>5} {row['kind']:8} "
-            f"{row['value']:>8.2f} {low:.2f}–{high:.2f}  {mean:>15} {row['n']:>5}"
+        (
+            row["policy"],
+            row["max_kv_size"],
+            row["kind"],
+            f"{row['value']:.2f}",
+            "{:.2f}–{:.2f}".format(*row["interval"]),
+            pm(row["mean_log_probability"], row["mean_log_probability_stderr"], 2),
+            row["n"],
         )
-    return "\n".join(lines)
+        for row in means
+    ]
+    heads = ("policy", "size", "kind", "accuracy", "95 %", "log-probability", "cases")
+    return table([heads, *lines], "<9 >5 <8 >8 >9 >15 >5")

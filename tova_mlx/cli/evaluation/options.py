@@ -1,23 +1,20 @@
-"""Options that the evaluations share, and what they begin with."""
+"""Options that the evaluations share."""
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from hashlib import sha256
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import click
 
 from ...policies import POLICIES
-from ..options import UserPath, check_policy, model_option
+from ..options import KVBits, UserPath, check_policy, model_option
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 BOUNDED = tuple(name for name in POLICIES if name != "full")
 
 
-def eval_options(sizes: tuple[int, ...]) -> Callable[[F], F]:
+def evaluation_options(sizes: tuple[int, ...]) -> Callable[[F], F]:
     """Model, policies, sizes (with this default), seed, where results go, `as_json`."""
 
     def decorate(command: F) -> F:
@@ -75,65 +72,43 @@ def eval_options(sizes: tuple[int, ...]) -> Callable[[F], F]:
     return decorate
 
 
-@contextmanager
-def progress(
-    length: int, width: int
-) -> Iterator[tuple[Callable[[int], None], Callable[..., None]]]:
-    """A bar with an ETA on stderr: functions to advance it and to say what is done.
+def quantised_options(command: F) -> F:
+    """In which ways keys and values are quantised, beside not at all."""
+    for option in reversed(
+        [
+            click.option(
+                "--kv-bits",
+                type=KVBits(),
+                multiple=True,
+                help="Quantised keys and values, too: 4, 8, or a pair like 8,4; may be "
+                "given several times. All is measured unquantised as well.",
+            ),
+            click.option(
+                "--kv-group-size",
+                "kv_group_sizes",
+                type=click.Choice(["32", "64"]),
+                multiple=True,
+                help="Values that share a scale, with --kv-bits; may be given several "
+                "times.  [default: 64]",
+            ),
+        ]
+    ):
+        command = option(command)
+    return command
 
-    width: of what will be said, in characters.
-    """
-    with click.progressbar(length=length, file=sys.stderr, label=" " * width) as bar:
 
-        def say(*what: Any) -> None:
-            bar.label = f"{' '.join(map(str, what)):{width}}"
-
-        yield bar.update, say
-
-
-class Loaded(NamedTuple):
-    """What an evaluation begins with; `common`: see `evaluation.results.provenance`."""
-
-    model: Any
-    tokenizer: Any
-    common: dict[str, Any]
+def quantised(options: dict[str, Any]) -> list[tuple[tuple[int, int], int]]:
+    """Pair the bits with the sizes of groups. Raises UsageError: sizes without bits."""
+    bits, groups = options.get("kv_bits", ()), options.get("kv_group_sizes", ())
+    if groups and not bits:
+        raise click.UsageError("--kv-group-size does nothing without --kv-bits.")
+    pairs = [(b, b) if isinstance(b, int) else b for b in bits]
+    return [(pair, int(n)) for pair in pairs for n in groups or (64,)]
 
 
 def check_settings(options: dict[str, Any]) -> None:
     """Refuse now what no model could do, before one is loaded. Raises UsageError."""
+    quantised(options)
     for policy in options["policies"]:
         for size in options["sizes"]:
             check_policy(policy, size, {})
-
-
-def begin(options: dict[str, Any]) -> Loaded:
-    """Load the model of `eval_options`. Raises UsageError, ModelLoadError."""
-    check_settings(options)
-    from ...evaluation.plots import pyplot
-    from ...evaluation.results import provenance
-    from ..models import load
-
-    # Before hours of work, not after them.
-    pyplot()
-    model, tokenizer, path = load(options["model"])
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
-
-    leaves: Any = tree_flatten(model.parameters())
-    floats = [a.dtype for _, a in leaves if mx.issubdtype(a.dtype, mx.floating)]
-    dtype = str(max(set(floats), key=floats.count)).rpartition(".")[2]
-    common = provenance(path, dtype, options["seed"])
-    common["prefill_step_size"] = options["prefill_step_size"]
-    return Loaded(model, tokenizer, common)
-
-
-def named(path: Path, text: str) -> dict[str, str]:
-    """What rows say of a text: its name, and a hash that tells it from others."""
-    return {"text": path.stem, "text_sha256": sha256(text.encode()).hexdigest()[:16]}
-
-
-def first_ids(tokenizer: Any, text: str, n_tokens: int) -> list[int]:
-    """At least the first `n_tokens` tokens, if the text has them, not all of a book."""
-    # 16 characters a token are more than any text has; quietly, for the warning about
-    # the model's context is not meant for who reads in windows.
-    return list(tokenizer.encode(text[: 16 * n_tokens], verbose=False))

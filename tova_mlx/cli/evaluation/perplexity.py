@@ -1,27 +1,21 @@
 """tova-mlx eval perplexity: language modelling on a long text."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ...evaluation.lines import read_text
+from ...tables import table
 from ..options import TEXT_FILE
-from .options import (
-    begin,
-    check_settings,
-    eval_options,
-    first_ids,
-    named,
-    progress,
-)
-from .tables import percent, pm
+from .figures import percent, pm
+from .options import evaluation_options, quantised_options
+from .runner import Evaluation, begin, first_ids
 
 
 @click.command(short_help="Perplexity of a long text")
 @click.argument("text", type=TEXT_FILE)
-@eval_options(sizes=(64, 128, 256, 512, 1024))
+@evaluation_options(sizes=(64, 128, 256, 512, 1024))
+@quantised_options
 @click.option(
     "--tokens",
     type=click.IntRange(min=2),
@@ -40,50 +34,46 @@ def perplexity(text: Path, as_json: bool, **options: Any) -> None:
     """Perplexity of a long text, every policy at every size on the same tokens
 
     The text is read token by token in effect, at prefill speed. Rows go to
-    results.jsonl in --out, losses beside it, the figure to perplexity.png.
+    results.jsonl in --out, losses beside it, the figure to perplexity.png. What is
+    quantised is compared with the same policy and size unquantised, too.
 
     Example: tova-mlx eval perplexity novel.txt --policy tova --policy fade
     --max-kv-size 256 --max-kv-size 512 --out results/novel
     """
-    check_settings(options)
-    written = read_text(text)
-    model, tokenizer, common = begin(options)
+    loaded = begin(options, text)
     from ...evaluation.perplexity import Perplexity, cut, plot
-    from ...evaluation.results import Results, settings
+    from ...evaluation.results import Results
 
-    ids = first_ids(tokenizer, written, options["tokens"])
+    ids = first_ids(loaded.tokenizer, loaded.text, options["tokens"])
     windows = cut(ids, options["context"], options["tokens"])
-    common |= {
-        **named(text, written),
-        "tokens": windows.size,
-        "context": windows.shape[1],
-    }
+    read = {"tokens": windows.size, "context": windows.shape[1]}
     same = ("model", "dtype", "text", "text_sha256", "tokens", "context")
-    results = Results(options["out"], common, same)
+    results = Results(options["out"], loaded.common | read, same)
     step = min(options["prefill_step_size"], windows.shape[1])
     measured = Perplexity(results, windows, step)
-    wanted = settings(options["policies"], options["sizes"])
-    to_read = len(measured.missing(wanted)) * (windows.size - len(windows))
-    rows = []
-    with progress(to_read, 15) as (advance, say):
-        for row in measured.run(model, wanted, advance, say):
-            rows.append(row)
-            plot(rows, options["out"] / "perplexity.png")
-    if as_json:
-        click.echo(json.dumps({"rows": rows, "path": str(results.path)}))
-        return
-    click.echo(_table(rows))
+    wanted = loaded.settings
+    Evaluation(
+        "perplexity",
+        results,
+        cost=len(measured.missing(wanted)) * (windows.size - len(windows)),
+        measure=lambda *bar: measured.run(loaded.model, wanted, *bar),
+        plot=plot,
+        table=_table,
+    ).run(as_json=as_json)
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    lines = [f"{'policy':10} {'size':>5} {'perplexity':>17} {'to full':>17} to tova"]
+    from ...evaluation.plots import line_of
+
+    names = ["full", "tova"]
+    if any("kv_bits" in row for row in rows):
+        names.append("plain")
+    lines = [("policy", "size", "perplexity", *(f"to {name}" for name in names))]
     for row in rows:
-        size = row["max_kv_size"] or ""
         value = pm(row["value"], row["stderr"], 2)
         ratios = [
             percent(row.get(f"ratio_to_{name}"), row.get(f"ratio_to_{name}_stderr"))
-            for name in ("full", "tova")
+            for name in names
         ]
-        line = f"{row['policy']:10} {size:>5} {value:>17} {ratios[0]:>17} {ratios[1]}"
-        lines.append(line.rstrip())
-    return "\n".join(lines)
+        lines.append((line_of(row), row["max_kv_size"], value, *ratios))
+    return table(lines, "<9 >5 >16" + " >16" * len(names))
