@@ -42,7 +42,7 @@ BUGS = [
         [
             Edit(
                 "storage/slots.py",
-                "            self.clear(self.journal.length)\n            return\n",
+                "            self.__dict__ = vars(new)\n            return\n",
                 "            self.offset, self.victim = 0, None\n"
                 "            self.positions = self.scores = None\n"
                 "            return\n",
@@ -56,8 +56,8 @@ BUGS = [
         [
             Edit(
                 "caches/layer.py",
-                "output = slots.tied(plain_attention(queries, keys, values, **how))",
-                "output = plain_attention(queries, keys, values, **how)",
+                "output = slots.tied(plain_attention(queries, keys, values, args))\n",
+                "output = plain_attention(queries, keys, values, args)\n",
             )
         ],
     ),
@@ -86,18 +86,18 @@ BUGS = [
         [
             Edit(
                 "eviction/scan.py",
-                "places > first + i - rule.n_recent",
-                "places >= first + i - rule.n_recent",
+                "positions > self._first + step - self.rule.n_recent",
+                "positions >= self._first + step - self.rule.n_recent",
             )
         ],
     ),
     Bug(
         "the scan leaves learned sinks out",
-        [Edit("eviction/scan.py", "[..., 0] + extra[:, :, i]", "[..., 0]")],
+        [Edit("eviction/scan.py", "[..., 0] + self._extra[:, :, step]", "[..., 0]")],
     ),
     Bug(
-        "a token is not seen by the row after which it goes",
-        [Edit("attention/block.py", "& (last >= row)", "& (last > row)")],
+        "a token is not seen by the query after which it is evicted",
+        [Edit("attention/block.py", "& (last >= step)", "& (last > step)")],
     ),
     Bug(
         "a new token has the score of the slot's last one",
@@ -114,14 +114,15 @@ BUGS = [
         [
             Edit(
                 "storage/slots.py",
-                "[self._held(self.norms, order), norms]",
-                "[self.first(self.norms, self.size()), norms]",
+                "before = self._held(getattr(self, name), order)",
+                "by = None if name == 'value_norms' else order\n"
+                "                    before = self._held(getattr(self, name), by)",
             )
         ],
     ),
     Bug(
         "the journal keeps a step that was taken back",
-        [Edit("storage/journal.py", "if g.step < step)", "if g.step <= step)")],
+        [Edit("storage/journal.py", "if e.step < step)", "if e.step <= step)")],
     ),
     Bug(
         "one token more than the journal holds may be taken back",
@@ -138,8 +139,8 @@ BUGS = [
         [
             Edit(
                 "storage/slots.py",
-                "self.scores, self.positions, self.victim)",
-                "self.scores)",
+                "known = (self.scores, self.positions, self.victim)",
+                "known = (self.scores,)",
             )
         ],
     ),
@@ -159,7 +160,7 @@ BUGS = [
         [
             Edit(
                 "storage/stack.py",
-                "put(self.scores, mx.zeros(slot.shape), slot)",
+                "write(self.scores, mx.zeros(slot.shape), slot)",
                 "self.scores",
             )
         ],
@@ -218,19 +219,25 @@ BUGS = [
     ),
     Bug(
         "what was evicted before comes back plain into quantised slots",
-        [Edit("caches/layer.py", "kept, slots.journal.empty()", "kept, slots.journal")],
+        [
+            Edit(
+                "caches/layer.py",
+                "stored, slots.journal.empty()",
+                "stored, slots.journal",
+            )
+        ],
     ),
     Bug(
         "keys that were evicted count in the mean key",
-        [Edit("eviction/keys.py", "if alive is not None:", "if False:")],
+        [Edit("policies/keydiff.py", "keys.directed & held)", "keys.directed | held)")],
     ),
     Bug(
         "what the oldest tokens were is not noted in a block",
         [
             Edit(
-                "attention/evicting.py",
-                "    slots.note_gone(to_mlx(np.broadcast_to(gone",
-                "    (to_mlx(np.broadcast_to(gone",
+                "attention/evict.py",
+                "    slots.log_evicted(to_mlx(np.broadcast_to(evicted",
+                "    (to_mlx(np.broadcast_to(evicted",
             )
         ],
     ),
@@ -239,8 +246,8 @@ BUGS = [
         [
             Edit(
                 "storage/state.py",
-                "slots.positions, slots.scores, slots.norms, slots.victim = others",
-                "slots.positions, _, slots.norms, slots.victim = others",
+                "slots.positions, slots.scores, slots.value_norms, slots.victim = others",
+                "slots.positions, _, slots.value_norms, slots.victim = others",
             ),
             Edit("storage/state.py", "        _check(slots)\n    except", "    except"),
         ],
@@ -250,7 +257,7 @@ BUGS = [
         [
             Edit(
                 "eviction/kernels.py",
-                "newest_of_all - (n_rows - 1 - row) - n_recent",
+                "newest_of_all - (n_steps - 1 - step) - n_recent",
                 "newest_of_all - n_recent",
             )
         ],

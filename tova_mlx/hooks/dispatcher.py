@@ -53,4 +53,4 @@ def is_seen(module_name: str) -> bool:
     """Whether the module attends through the function that `install` replaces."""
     there = vars(sys.modules[module_name]).get(_NAME)
     theirs = replacing.original(getattr(mlx_lm_base, _NAME))
-    return there is not None and replacing.original(there) is theirs
+    return there is not None and replacing.is_same(there, theirs)

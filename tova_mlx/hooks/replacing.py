@@ -21,6 +21,16 @@ def original(function: Any) -> Any:
     return getattr(function, _MARK, function)
 
 
+def is_same(function: Any, theirs: Any) -> bool:
+    """Whether a function is this one of mlx-lm's (of before a reload too) or ours."""
+
+    def whence(f: Any) -> tuple[Any, Any]:
+        return getattr(f, "__module__", None), getattr(f, "__qualname__", None)
+
+    there = original(function)
+    return there is theirs or whence(there) == whence(theirs)
+
+
 def stands_for(home: ModuleType, name: str) -> Callable[[F], F]:
     """Decorate a function that is to replace one of mlx-lm's, defined in `home`."""
 
@@ -59,7 +69,7 @@ def _holding(name: str, theirs: Any) -> Iterator[ModuleType]:
     package = __name__.partition(".")[0]
     for module in list(sys.modules.values()):
         there = getattr(module, "__dict__", {}).get(name)
-        if there is None or original(there) is not theirs:
+        if there is None or not is_same(there, theirs):
             continue
         if module.__name__.partition(".")[0] != package:
             yield module
