@@ -246,8 +246,8 @@ BUGS = [
         [
             Edit(
                 "storage/state.py",
-                "slots.positions, slots.scores, slots.value_norms, slots.victim = others",
-                "slots.positions, _, slots.value_norms, slots.victim = others",
+                "slots.positions, slots.scores, slots.value_norms",
+                "slots.positions, _, slots.value_norms",
             ),
             Edit("storage/state.py", "        _check(slots)\n    except", "    except"),
         ],

@@ -11,6 +11,7 @@ import pytest
 import tiny
 from click.testing import CliRunner
 
+from tova_mlx import POLICIES
 from tova_mlx.cli import main
 from tova_mlx.errors import EvaluationError
 from tova_mlx.evaluation.perplexity import Perplexity, cut, plot
@@ -191,6 +192,44 @@ def test_a_policy_that_is_far_off_does_not_flatten_the_changes(tmp_path, monkeyp
     labels = {line.get_label() for line in changes.containers}
     assert labels == {"tova", "h2o", "window"}
     assert "(%)" in changes.get_ylabel()
+
+
+def test_any_number_of_policies_can_be_told_apart(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(
+        "tova_mlx.evaluation.perplexity.save", lambda figure, _: figures.append(figure)
+    )
+    full = {**COMMON, "policy": "full", "max_kv_size": None, "value": 40, "stderr": 1}
+    rows = [full]
+    names = [*(p for p in POLICIES if p != "full"), *(f"own-{i}" for i in range(5))]
+    for name, size in itertools.product(names, (64, 128)):
+        row = {**full, "policy": name, "max_kv_size": size, "value": 44}
+        rows.append({**row, "ratio_to_full": 1.1, "ratio_to_full_stderr": 0.01})
+    plot(rows, tmp_path)
+    lines = [c.lines[0] for c in figures[0].axes[0].containers]
+    looks = {(x.get_color(), x.get_marker(), x.get_linestyle()) for x in lines}
+    assert len(looks) == len(lines) >= 12
+
+
+def test_bits_are_settings_and_older_rows_stay(model, tmp_path):
+    wide, windows = tiny.make(head_dim=32), cut(tiny.tokens(70)[0].tolist(), 35, 70)
+    plain = settings(("tova",), (16,))
+    bits = settings(("tova",), (16,), [((8, 8), 32), ((4, 4), 32)])
+    assert [str(s) for s in bits] == [
+        *("full", "tova 16", "tova 16 8-bit g32", "tova 16 4-bit g32")
+    ]
+    first = Perplexity(Results(tmp_path, COMMON, SAME), windows, 64)
+    older = list(first.run(wide, plain))
+    assert not any("kv_bits" in row for row in older)
+    again = Perplexity(Results(tmp_path, COMMON, SAME), windows, 64)
+    assert [s.kv_bits for s in again.missing(bits)] == [(8, 8), (4, 4)]
+    rows = list(again.run(wide, bits))
+    assert rows[:2] == older
+    assert [tuple(row["kv_bits"]) for row in rows[2:]] == [(8, 8), (4, 4)]
+    assert all(row["kv_group_size"] == 32 for row in rows[2:])
+    exact, eight, four = (row["value"] for row in rows[1:])
+    assert 0 < abs(eight - exact) < abs(four - exact)
 
 
 def test_a_text_too_short_is_refused():
