@@ -4,11 +4,12 @@
     python scripts/compare_checkouts.py /tmp/before [--out results/checkouts.json]
 
 For every policy, and with options that take other ways through the code, both
-checkouts read 700 tokens of the excerpt with a limit of 128 and generate 48 greedily
-with the demo model; the tokens, and the positions held in every layer, must be equal to
-the last one. Then both take turns in reading 1,024 tokens and decoding with a limit of
-512: medians of the ratios. Each checkout runs in a process of its own, with the
-environment of this script. The last line is JSON; exit 1 if anything differs.
+checkouts read `--read` tokens of the excerpt with a limit of 128 and generate
+`--generate` greedily with the demo model; the tokens, and the positions held in every
+layer, must be equal to the last one. Then both take turns in reading 1,024 tokens and
+decoding with a limit of 512: medians of the ratios. Each checkout runs in a process of
+its own, with the environment of this script. The last line is JSON; exit 1 if anything
+differs.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 EXCERPT = Path(__file__).parent / "moby_dick_excerpt.txt"
-READ, GENERATED, LIMIT, CHUNK = 700, 48, 128, 256
+LIMIT, CHUNK = 128, 256
 POLICIES = "full", "window", "streaming", "h2o", "tova", "vatp", "fade", "keydiff"
 CASES = [
     *({"policy": p} for p in POLICIES),
@@ -64,10 +65,10 @@ def work() -> None:
             mx.eval([logits, *(c.state for c in caches)])
         return logits
 
-    def same(case):
+    def same(case, length, generated):
         caches = tova_mlx.make_prompt_cache(model, LIMIT, **case)
-        logits, tokens = read(caches, READ), []
-        for _ in range(GENERATED):
+        logits, tokens = read(caches, length), []
+        for _ in range(generated):
             tokens.append(int(mx.argmax(logits[0, -1])))
             logits = model(mx.array([[tokens[-1]]]), cache=caches)
         return {"tokens": tokens, "positions": [c.positions.tolist() for c in caches]}
@@ -84,10 +85,12 @@ def work() -> None:
         return {"prefill": prefill, "decode": statistics.median(steps)}
 
     for line in sys.stdin:
-        what, case = json.loads(line)
+        what, case, *lengths = json.loads(line)
         if isinstance(case.get("kv_bits"), list):
             case["kv_bits"] = tuple(case["kv_bits"])
-        print(json.dumps({"same": same, "timed": timed}[what](case)), flush=True)
+        print(
+            json.dumps({"same": same, "timed": timed}[what](case, *lengths)), flush=True
+        )
 
 
 class Checkout:
@@ -102,10 +105,10 @@ class Checkout:
             text=True,
         )
 
-    def ask(self, what: str, case: dict) -> dict:
+    def ask(self, what: str, case: dict, *lengths: int) -> dict:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        print(json.dumps([what, case]), file=self.process.stdin, flush=True)
+        print(json.dumps([what, case, *lengths]), file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit("A checkout's process ended; see its error above.")
@@ -117,11 +120,11 @@ def name(case: dict) -> str:
     return " ".join([case["policy"], *options])
 
 
-def compare(before: Checkout, after: Checkout) -> list[dict]:
+def compare(before: Checkout, after: Checkout, lengths: list[int]) -> list[dict]:
     """What differs, case by case."""
     rows = []
     for case in CASES:
-        a, b = before.ask("same", case), after.ask("same", case)
+        a, b = (c.ask("same", case, *lengths) for c in (before, after))
         pairs = zip(a["positions"], b["positions"], strict=True)
         rows.append(
             {
@@ -160,6 +163,8 @@ def main() -> int:
         return 0
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("before", type=Path, help="the other checkout's directory")
+    parser.add_argument("--read", type=int, default=700)
+    parser.add_argument("--generate", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--no-race", action="store_true", help="compare only")
     parser.add_argument("--out", type=Path)
@@ -170,13 +175,15 @@ def main() -> int:
 
     revision = ["git", "-C", str(args.before), "rev-parse", "--short", "HEAD"]
     result = {
+        "read": args.read,
+        "generated": args.generate,
         "before": subprocess.run(
             revision, capture_output=True, text=True
         ).stdout.strip(),
         **provenance(),
     }
     checkouts = [Checkout(root, str(demo_model_path())) for root in (args.before, ROOT)]
-    result["same"] = compare(*checkouts)
+    result["same"] = compare(*checkouts, [args.read, args.generate])
     if not args.no_race:
         result["ratios"] = race(*checkouts, args.repeats)
     for checkout in checkouts:
