@@ -9,7 +9,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-BLAS = Path(__file__).parents[1] / "tova_mlx" / "blas.py"
+BLAS = Path(__file__).parents[1] / "tova_mlx" / "hooks" / "blas.py"
 # Fast matrix products, without importing the package.
 runpy.run_path(str(BLAS))["load_openblas"]()
 
