@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,6 +28,7 @@ COMMON = {
     "context": 300,
     "prefill_step_size": 64,
 }
+RESULTS = Path(__file__).parents[1] / "results"
 SAME = ("model", "dtype", "text", "tokens", "context")
 SETTINGS = settings(("streaming", "fade", "tova", "full"), (16, 64, 16))
 
@@ -230,6 +232,36 @@ def test_bits_are_settings_and_older_rows_stay(model, tmp_path):
     assert all(row["kv_group_size"] == 32 for row in rows[2:])
     exact, eight, four = (row["value"] for row in rows[1:])
     assert 0 < abs(eight - exact) < abs(four - exact)
+
+
+@pytest.mark.parametrize("name", ["perplexity", "needle", "kept", "longrange"])
+def test_committed_rows_are_still_found_by_their_settings(tmp_path, name):
+    lines = (RESULTS / name / "results.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "results.jsonl").write_text(lines, encoding="utf-8")
+    for row in map(json.loads, lines.splitlines()):
+        same = ("model", "dtype") if name == "longrange" else ("model", "text_sha256")
+        results = Results(tmp_path, row, same)
+        assert row in results.rows(task=row["task"], **Setting.of(row)._asdict())
+        eight = Setting.of(row)._replace(kv_bits=(8, 8), kv_group_size=64)
+        assert not results.rows(task=row["task"], **eight._asdict())
+
+
+def test_committed_perplexities_are_not_measured_again(tmp_path):
+    lines = (RESULTS / "perplexity" / "results.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "results.jsonl").write_text(lines, encoding="utf-8")
+    rows = [json.loads(line) for line in lines.splitlines()]
+    windows = np.zeros((rows[0]["tokens"] // rows[0]["context"], rows[0]["context"]))
+    results = Results(tmp_path, rows[0], (*SAME, "text_sha256"))
+    measured = Perplexity(results, windows.astype(np.int32), 256)
+    sizes = sorted({row["max_kv_size"] for row in rows if row["max_kv_size"]})
+    wanted = settings([row["policy"] for row in rows], sizes)
+    assert len(wanted) == len(rows)
+    assert measured.missing(wanted) == []
+    assert list(measured.run(None, wanted, began=pytest.fail)) != []
+    # What is new is measured, and what it is paired with read for its losses.
+    bits = [*wanted, Setting("fade", 64, (8, 8), 64)]
+    pairs = [Setting("full", None), Setting("fade", 64), bits[-1]]
+    assert measured.missing(bits) == pairs
 
 
 def test_a_text_too_short_is_refused():

@@ -280,7 +280,7 @@ def plot(settings: Settings, path: Path) -> Path | None:
         mine = [rows for rows in bounded if rows[0]["max_kv_size"] == size]
         _plot_shares(left, mine, size, looks)
         _plot_lifetimes(right, mine, size, looks)
-    legend_below(figure, axes[:, 0], 12)
+    legend_below(figure, axes[:, 0], 8)
     first = bounded[0][0]
     figure.suptitle(
         f"Which tokens are kept: {first['model']}, {first['text']}, "

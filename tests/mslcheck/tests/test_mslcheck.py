@@ -497,8 +497,8 @@ from mslcheck import checked_kernels, examples
 with checked_kernels():
     print(examples.make_victim(threads=64)(mx.ones((2, 70)), 70).item())
 """
-    tests = Path(__file__).parent
-    env = {**os.environ, "MSLCHECK_CACHE": str(tmp_path), "PYTHONPATH": str(tests)}
+    place = Path(mslcheck.__file__).parents[1]
+    env = {**os.environ, "MSLCHECK_CACHE": str(tmp_path), "PYTHONPATH": str(place)}
     command = [sys.executable, "-c", script]
     both = [
         subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
