@@ -1,4 +1,4 @@
-"""What the scripts share: where a figure comes from, and blocks of the README.
+"""What the scripts share: where a figure comes from, and tables in the documentation.
 
 A script that imports this has MLX's matrix products on OpenBLAS, where there is one.
 """
@@ -11,7 +11,18 @@ from tova_mlx.hooks.blas import load_openblas
 
 load_openblas()
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+
+# Which page has which generated table, between marks of its name.
+PAGES = {
+    "short": "README.md",
+    "policies": "docs/policies.md",
+    "models": "docs/models.md",
+    **dict.fromkeys(
+        ("quality", "packed", "perplexity", "needle", "longrange", "kept"),
+        "docs/results.md",
+    ),
+}
 
 
 def provenance() -> dict[str, Any]:
@@ -34,9 +45,16 @@ def load_demo_model() -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def block(name: str) -> str:
+    """Return the table of that name as its page has it."""
+    text = (ROOT / PAGES[name]).read_text(encoding="utf-8")
+    return text.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0].strip()
+
+
 def write_block(name: str, text: str) -> None:
-    """Put text between the marks of that name in the README."""
-    head, rest = README.read_text(encoding="utf-8").split(f"<!-- {name} -->")
+    """Put a table between the marks of its name, in the page that has them."""
+    page = ROOT / PAGES[name]
+    head, rest = page.read_text(encoding="utf-8").split(f"<!-- {name} -->")
     tail = rest.split(f"<!-- /{name} -->")[1]
-    block = f"<!-- {name} -->\n{text}\n<!-- /{name} -->"
-    README.write_text(head + block + tail, encoding="utf-8")
+    marked = f"<!-- {name} -->\n{text}\n<!-- /{name} -->"
+    page.write_text(head + marked + tail, encoding="utf-8")

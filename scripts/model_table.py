@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common import write_block
+from common import block, write_block  # noqa: F401 - for the test
 
 ROOT = Path(__file__).parents[1]
 # One for each thing that a policy can ask of a model: attention, none, values.

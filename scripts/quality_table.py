@@ -1,4 +1,4 @@
-"""Prints README's quality tables from results/; --write puts them there.
+"""Prints the documentation's quality tables from results/; --write puts them there.
 
 python scripts/quality_table.py [--write]
 """
@@ -12,6 +12,7 @@ from common import write_block
 from tova_mlx import POLICIES
 from tova_mlx.cli.evaluation.figures import percent, pm
 
+_TO_FULL = ("ratio_to_full", "ratio_to_full_stderr")
 RESULTS = Path(__file__).parents[1] / "results"
 
 
@@ -63,9 +64,7 @@ def perplexity() -> str:
     policies = [p for p in POLICIES if any((p, s) in found for s in sizes)]
     for policy in policies:
         cells = [
-            _change(found[policy, s], "ratio_to_full", "ratio_to_full_stderr")
-            if (policy, s) in found
-            else ""
+            _change(found[policy, s], *_TO_FULL) if (policy, s) in found else ""
             for s in sizes
         ]
         lines.append(f"| `{policy}` | " + " | ".join(cells) + " |")
@@ -74,6 +73,19 @@ def perplexity() -> str:
             continue
         cells = [_interval(found.get((policy, s))) for s in sizes]
         lines.append(f"| `{policy}` to `tova` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def short() -> str:
+    """Markdown: a few lines of `perplexity`, for the README."""
+    wanted = ("streaming", "h2o", "tova", "fade")
+    rows = _rows("perplexity/results.jsonl")
+    found = {(r["policy"], r["max_kv_size"]): r for r in rows}
+    sizes = (64, 128, 256, 512)
+    lines = ["| | " + " | ".join(map(str, sizes)) + " |", "|---" * 5 + "|"]
+    for policy in wanted:
+        cells = [_change(found[policy, s], *_TO_FULL) for s in sizes]
+        lines.append(f"| `{policy}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -167,6 +179,7 @@ def _change(row: dict, ratio: str, error: str = "ratio_stderr") -> str:
 
 
 TABLES = {
+    "short": short,
     "quality": quality,
     "packed": packed,
     "perplexity": perplexity,

@@ -26,8 +26,9 @@ def resolve(model: str | None) -> str:
         if (prepared / "config.json").is_file():
             return str(prepared)
         raise ModelLoadError(
-            f"--model {model}: nothing at {prepared}. Run "
-            f"scripts/prepare_demo_model.py --model {model} first."
+            f"--model {model}: nothing at {prepared}. In a checkout of tova_mlx run "
+            f"scripts/prepare_demo_model.py --model {model}; elsewhere name any model "
+            "of mlx-lm, such as mlx-community/SmolLM2-135M-Instruct."
         )
     # os.path takes no name for an error, be it too long or ~ of somebody unknown.
     path = os.path.expanduser(model)
