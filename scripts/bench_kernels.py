@@ -18,7 +18,7 @@ from common import provenance
 
 from tova_mlx.eviction import step_on_gpu
 from tova_mlx.eviction.kernels import scan_on_gpu
-from tova_mlx.eviction.scan import scan_on_cpu
+from tova_mlx.eviction.scan import Columns, scan_on_cpu
 from tova_mlx.eviction.step import step_on_cpu
 from tova_mlx.policies import resolve_options
 
@@ -59,7 +59,7 @@ def scan(policy, limit):
     flat = (-1, limit + ROWS)
     own = mx.arange(flat[1]) >= limit
     scores = mx.where(own, 0.0, scores).reshape(flat)
-    given = (logits, positions.reshape(flat), scores, norms, rule)
+    given = (logits, Columns(positions.reshape(flat), scores, norms), rule)
 
     def portable():
         return scan_on_cpu(*given, limit=limit)[:2]

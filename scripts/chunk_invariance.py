@@ -13,6 +13,7 @@ The last line is JSON.
 
 import argparse
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,105 +21,85 @@ import numpy as np
 from common import provenance
 from mlx_lm import load
 
-import tova_mlx.attention.block
-import tova_mlx.eviction.step
-from tova_mlx import POLICIES, make_prompt_cache
+from tova_mlx import POLICIES, make_prompt_cache, observe_evictions
+from tova_mlx.eviction import step
 from tova_mlx.models.demo import demo_model_path
 
 EXCERPT = Path(__file__).parent / "moby_dick_excerpt.txt"
 
 
-class Evictions:
-    """Which token left each layer at each step, in the order of the calls."""
+class Run:
+    """What one chunking gave: logits, positions held, victims and their margins.
 
-    def __init__(self):
-        self.victims, self.gaps = [], []
-        self._choose = tova_mlx.eviction.step.choose_victim
-        self._scan = tova_mlx.attention.block.scan_block
+    victims: int32 [layers, H', evictions], in order of step, None without an eviction;
+    gaps: how much higher the second lowest score was, relative [layers, H',
+    evictions], None for chunks, whose scan tells nobody.
+    """
 
-    def __enter__(self):
-        tova_mlx.eviction.step.choose_victim = self._chosen
-        tova_mlx.attention.block.scan_block = self._scanned
-        return self
+    def __init__(self, model, tokens, caches, chunk):
+        logits, victims, gaps = [], [[] for _ in caches], []
 
-    def __exit__(self, *_):
-        tova_mlx.eviction.step.choose_victim = self._choose
-        tova_mlx.attention.block.scan_block = self._scan
+        def evicted(layer, steps, positions):
+            victims[layer].append(positions[0])
 
-    def _chosen(self, positions, scores, newest, rule):
-        victim = self._choose(positions, scores, newest, rule)
-        if scores is not None:
-            free = (positions >= rule.n_sinks) & (positions <= newest - rule.n_recent)
-            two = mx.sort(mx.where(free, scores, mx.inf), axis=-1)[0, :, :2]
-            self.gaps.append((two[:, 1] - two[:, 0]) / two[:, 0])
-            self.victims.append(mx.take_along_axis(positions, victim, axis=-1)[0, :, 0])
-        return victim
-
-    def _scanned(self, logits, positions, *args, **options):
-        result = self._scan(logits, positions, *args, **options)
-        last = np.array(result.last)
-        n_gone = int((last[0] < logits.shape[2]).sum())
-        gone = np.argsort(last, axis=1)[:, :n_gone]
-        self.victims.append(np.take_along_axis(np.array(positions), gone, axis=1))
-        return result
-
-    def by_layer(self, n_layers):
-        """What one forward pass recorded: victims [layers, R, steps] and gaps."""
-        if not self.victims:
-            return None
-        share = len(self.victims) // n_layers
-        victims = np.array(
-            [
-                np.concatenate(
-                    [np.array(v).reshape(len(v), -1) for v in self.victims[i:][:share]],
-                    axis=1,
-                )
-                for i in range(0, len(self.victims), share)
+        with observe_evictions(caches, evicted), margins(gaps):
+            for start in range(0, tokens.shape[1], chunk):
+                logits.append(model(tokens[:, start : start + chunk], cache=caches))
+                mx.eval(logits[-1], victims, gaps, [c.state for c in caches])
+        logits = mx.concatenate(logits, axis=1)
+        self.logits = np.array(logits[0].astype(mx.float32))
+        self.held = [np.array(c.positions) for c in caches]
+        self.victims = self.gaps = None
+        if victims[0]:
+            layers = [mx.concatenate(v, axis=1) for v in victims]
+            self.victims = np.array(mx.stack(layers))
+        if chunk == 1 and gaps:
+            layers = [
+                mx.stack(gaps[i :: len(caches)], axis=1) for i in range(len(caches))
             ]
-        )
-        gaps = np.array([np.array(g)[:, None] for g in self.gaps])
-        self.victims, self.gaps = [], []
-        return victims, gaps
+            self.gaps = np.array(mx.stack(layers))
 
 
-def feed(model, tokens, cache, chunk):
-    """Logits, positions kept, victims and gaps [layers, R, steps] of all steps."""
-    parts, steps = [], []
-    with Evictions() as evictions:
-        for start in range(0, tokens.shape[1], chunk):
-            logits = model(tokens[:, start : start + chunk], cache=cache)
-            mx.eval(logits, [c.state for c in cache])
-            steps.append(evictions.by_layer(len(cache)))
-            parts.append(np.array(logits[0]).astype(np.float32))
-    kept = [np.array(c.positions) for c in cache]
-    victims = gaps = None
-    if any(steps):
-        victims, gaps = zip(*filter(None, steps), strict=True)
-        victims = np.concatenate(victims, axis=2)
-        gaps = np.concatenate(gaps, axis=2) if gaps[0].size else None
-    return np.concatenate(parts), kept, victims, gaps
+@contextmanager
+def margins(gaps):
+    """Append the relative gap [H'] between the two lowest scores of every step."""
+    choose = step.choose_victim
+
+    def measured(positions, scores, newest, rule):
+        free = (positions >= rule.n_sinks) & (positions <= newest - rule.n_recent)
+        two = mx.sort(mx.where(free, scores, mx.inf), axis=-1)[0, :, :2]
+        gaps.append((two[:, 1] - two[:, 0]) / two[:, 0])
+        return choose(positions, scores, newest, rule)
+
+    step.choose_victim = measured
+    try:
+        yield
+    finally:
+        step.choose_victim = choose
 
 
 def compare(ours, reference, size):
     """One row's measured part."""
-    difference = np.abs(ours[0] - reference[0]).max(axis=1)
+    difference = np.abs(ours.logits - reference.logits).max(axis=1)
     row = {
         "largest_difference": float(difference.max()),
-        "same_positions": all(map(np.array_equal, ours[1], reference[1])),
+        "same_positions": all(map(np.array_equal, ours.held, reference.held)),
     }
-    if ours[2] is None:
+    if reference.victims is None:
         return row
-    parted = ours[2] != reference[2]
+    parted = ours.victims != reference.victims
     row |= {"evictions": parted.size, "evictions_parted": int(parted.sum())}
     if parted.any():
-        step = int(np.nonzero(parted.any(axis=(0, 1)))[0][0])
-        layer, chooser = (int(a[0]) for a in np.nonzero(parted[..., step]))
+        first = int(np.nonzero(parted.any(axis=(0, 1)))[0][0])
+        layer, head = (int(a[0]) for a in np.nonzero(parted[..., first]))
         row["first_parting"] = {
-            "token": size + step,
+            "token": size + first,
             "layer": layer,
-            "relative_gap": float(reference[3][layer, chooser, step]),
-            "largest_difference_before": float(difference[: size + step + 1].max()),
+            "largest_difference_before": float(difference[: size + first + 1].max()),
         }
+        if reference.gaps is not None:
+            gap = float(reference.gaps[layer, head, first])
+            row["first_parting"]["relative_gap"] = gap
     return row
 
 
@@ -149,7 +130,7 @@ def main() -> None:
             reference = None
             for chunk in (1, 7, 256, args.tokens):
                 cache = make_prompt_cache(model, args.size, policy=policy, **options)
-                result = feed(model, tokens, cache, chunk)
+                result = Run(model, tokens, cache, chunk)
                 if reference is None:
                     reference = result
                     continue

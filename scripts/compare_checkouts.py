@@ -6,8 +6,9 @@
 For every policy, and with options that take other ways through the code, both
 checkouts read `--read` tokens of the excerpt with a limit of 128 and generate
 `--generate` greedily with the demo model; the tokens, and the positions held in every
-layer, must be equal to the last one. Then both take turns in reading 1,024 tokens and
-decoding with a limit of 512: medians of the ratios. Each checkout runs in a process of
+layer, must be equal to the last one. Then both take turns, chunk by chunk and token by
+token, in reading 2,560 tokens and decoding 80 with a limit of 512: medians of the
+ratios. Each checkout runs in a process of
 its own, with the environment of this script. The last line is JSON; exit 1 if anything
 differs.
 """
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 EXCERPT = Path(__file__).parent / "moby_dick_excerpt.txt"
@@ -37,12 +39,13 @@ CASES = [
 ]
 TIMED = [{"policy": p} for p in ("tova", "fade", "h2o", "streaming", "keydiff")]
 TIMED.append({"policy": "tova", "kv_bits": 8})
-TIMED_LIMIT, TIMED_READ, TIMED_DECODED = 512, 1024, 24
+TIMED_LIMIT, TIMED_READ, TIMED_DECODED = 512, 2560, 80
 
 
 def work() -> None:
     """In a checkout's process: answer each line of standard input with one."""
-    for name in ("tova_mlx.hooks.blas", "tova_mlx.hooks.blas"):
+    # Before the folders, the module was at the top.
+    for name in ("tova_mlx.hooks.blas", "tova_mlx.blas"):
         try:
             importlib.import_module(name).load_openblas()
             break
@@ -53,6 +56,8 @@ def work() -> None:
 
     import tova_mlx
 
+    if not Path(tova_mlx.__file__).is_relative_to(sys.argv[3]):
+        raise SystemExit(f"{tova_mlx.__file__} is not of the checkout {sys.argv[3]}.")
     model, tokenizer = load(sys.argv[2])
     if not mx.metal.is_available():
         model.set_dtype(mx.float32)
@@ -73,24 +78,23 @@ def work() -> None:
             logits = model(mx.array([[tokens[-1]]]), cache=caches)
         return {"tokens": tokens, "positions": [c.positions.tolist() for c in caches]}
 
-    def timed(case):
-        caches = tova_mlx.make_prompt_cache(model, TIMED_LIMIT, **case)
+    running = []
+
+    def start(case):
+        running[:] = tova_mlx.make_prompt_cache(model, TIMED_LIMIT, **case)
+
+    def timed(case, first, stop):
         began = time.perf_counter()
-        read(caches, TIMED_READ)
-        prefill, steps = time.perf_counter() - began, []
-        for token in ids[:TIMED_DECODED]:
-            began = time.perf_counter()
-            mx.eval(model(mx.array([[token]]), cache=caches))
-            steps.append(time.perf_counter() - began)
-        return {"prefill": prefill, "decode": statistics.median(steps)}
+        logits = model(mx.array([ids[first:stop]]), cache=running)
+        mx.eval([logits, *(c.state for c in running)])
+        return time.perf_counter() - began
 
     for line in sys.stdin:
-        what, case, *lengths = json.loads(line)
+        what, case, *rest = json.loads(line)
         if isinstance(case.get("kv_bits"), list):
             case["kv_bits"] = tuple(case["kv_bits"])
-        print(
-            json.dumps({"same": same, "timed": timed}[what](case, *lengths)), flush=True
-        )
+        answer = {"same": same, "start": start, "timed": timed}[what](case, *rest)
+        print(json.dumps(answer), flush=True)
 
 
 class Checkout:
@@ -98,14 +102,14 @@ class Checkout:
 
     def __init__(self, root: Path, model: str):
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--work", model],
+            [sys.executable, __file__, "--work", model, str(root)],
             env=os.environ | {"PYTHONPATH": str(root)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
 
-    def ask(self, what: str, case: dict, *lengths: int) -> dict:
+    def ask(self, what: str, case: dict, *lengths: int) -> Any:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         print(json.dumps([what, case, *lengths]), file=self.process.stdin, flush=True)
@@ -138,20 +142,31 @@ def compare(before: Checkout, after: Checkout, lengths: list[int]) -> list[dict]
 
 
 def race(before: Checkout, after: Checkout, repeats: int) -> list[dict]:
-    """Time after / time before, medians over the turns."""
+    """Time after / time before: of chunks and of decoded tokens, in turns.
+
+    Medians, and the quartiles.
+    """
     rows = []
+    chunks = [(n, n + CHUNK) for n in range(0, TIMED_READ, CHUNK)]
+    steps = [(n, n + 1) for n in range(TIMED_READ, TIMED_READ + TIMED_DECODED)]
     for case in TIMED:
-        turns = []
-        for i in range(repeats + 1):
-            pair = [before, after]
-            times = {c: c.ask("timed", case) for c in (pair if i % 2 else pair[::-1])}
-            turns.append((times[before], times[after]))
+        ratios: dict[str, list[float]] = {"prefill": [], "decode": []}
+        for _ in range(repeats):
+            for checkout in (before, after):
+                checkout.ask("start", case)
+            for what, spans in (("prefill", chunks), ("decode", steps)):
+                for i, span in enumerate(spans):
+                    pair = [before, after][:: 1 if i % 2 else -1]
+                    times = {c: c.ask("timed", case, *span) for c in pair}
+                    # The first ones evict nothing, or are the warm-up.
+                    if i > 2:
+                        ratios[what].append(times[after] / times[before])
         row: dict = {"case": name(case)}
-        for what in ("prefill", "decode"):
-            # The first turn is the warm-up.
-            ratios = sorted(b[what] / a[what] for a, b in turns[1:])
-            row[what] = round(statistics.median(ratios), 3)
-            row[f"{what}_range"] = [round(ratios[0], 3), round(ratios[-1], 3)]
+        for what, found in ratios.items():
+            low, middle, high = statistics.quantiles(found)
+            row[what] = round(middle, 3)
+            row[f"{what}_quartiles"] = [round(low, 3), round(high, 3)]
+            row[f"{what}_n"] = len(found)
         rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
     return rows
@@ -165,8 +180,9 @@ def main() -> int:
     parser.add_argument("before", type=Path, help="the other checkout's directory")
     parser.add_argument("--read", type=int, default=700)
     parser.add_argument("--generate", type=int, default=48)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--no-race", action="store_true", help="compare only")
+    parser.add_argument("--only-race", action="store_true", help="keep what --out says")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     from common import provenance
@@ -182,8 +198,12 @@ def main() -> int:
         ).stdout.strip(),
         **provenance(),
     }
-    checkouts = [Checkout(root, str(demo_model_path())) for root in (args.before, ROOT)]
-    result["same"] = compare(*checkouts, [args.read, args.generate])
+    roots = args.before.resolve(), ROOT
+    checkouts = [Checkout(root, str(demo_model_path())) for root in roots]
+    if args.only_race:
+        result = json.loads(args.out.read_text(encoding="utf-8"))
+    else:
+        result["same"] = compare(*checkouts, [args.read, args.generate])
     if not args.no_race:
         result["ratios"] = race(*checkouts, args.repeats)
     for checkout in checkouts:

@@ -5,6 +5,7 @@ import reference
 
 from tova_mlx import PolicyKVCache
 from tova_mlx.eviction import (
+    Columns,
     choose_victim,
     cut_once,
     scan_block,
@@ -71,9 +72,7 @@ def run_scan(logits, rule, limit, **options):
     once = options.pop("once", False)
     result = scan_block(
         mx.array(logits),
-        positions,
-        mx.zeros((1, columns)),
-        None,
+        Columns(positions, mx.zeros((1, columns))),
         rule,
         limit=None if once else limit,
         **options,
@@ -143,8 +142,8 @@ def test_learned_sinks_take_their_share_of_the_denominator():
 def test_scores_before_the_last_rows_are_there_for_the_journal():
     logits = block([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]], n_held=1)
     rule = resolve_options("h2o", 8, {"granularity": "layer"})
-    arguments = (mx.array(logits), mx.arange(3)[None], mx.zeros((1, 3)), None, rule)
-    before = scan_block(*arguments, limit=8, n_before=2).before
+    columns = Columns(mx.arange(3)[None], mx.zeros((1, 3)))
+    before = scan_block(mx.array(logits), columns, rule, limit=8, n_before=2).before
     assert np.allclose(np.array(before), [[[0, 0, 0], [0.5, 0.5, 0]]])
 
 

@@ -17,7 +17,7 @@ from test_cache import CASES
 
 from tova_mlx import make_prompt_cache
 from tova_mlx.eviction import choice, kernels, kernels_wanted, scan_block, step_on_gpu
-from tova_mlx.eviction.scan import scan_on_cpu
+from tova_mlx.eviction.scan import Columns, scan_on_cpu
 from tova_mlx.eviction.step import step_on_cpu
 from tova_mlx.policies import resolve_options
 
@@ -151,10 +151,10 @@ def check_scan(case, n_before=0):
     n_rows = case.logits.shape[2]
     flat = (-1, case.n)
     scores = mx.zeros(case.positions.shape) if case.scores is None else case.scores
-    arguments = (case.positions.reshape(flat), scores.reshape(flat), case.norms)
+    columns = Columns(case.positions.reshape(flat), scores.reshape(flat), case.norms)
     how = {"limit": case.rule.max_size, "n_before": n_before, "sinks": case.sinks}
-    want = scan_on_cpu(case.logits, *arguments, case.rule, **how)
-    got = scan_block(case.logits, *arguments, case.rule, **how)
+    want = scan_on_cpu(case.logits, columns, case.rule, **how)
+    got = scan_block(case.logits, columns, case.rule, **how)
     last = np.array(want.last)
     assert np.array_equal(last, np.array(got.last)), case
     for there, row in [(want.scores, n_rows), *enumerated(want, n_before, n_rows)]:
@@ -397,8 +397,8 @@ def seeded_case(number):
     if number == 2:
         logits, scores, norms = given
         how = {"limit": limit, "n_before": 2, "sinks": sinks}
-        arguments = (logits, mx.array(places), scores, norms, rule)
-        last, new_scores, before = kernels.scan_on_gpu(*arguments, **how)
+        columns = Columns(mx.array(places), scores, norms)
+        last, new_scores, before = kernels.scan_on_gpu(logits, columns, rule, **how)
         parts = [last, (before * 1000).round(), (new_scores * 1000).round()]
     else:
         order = mx.array(rng.permuted(places, axis=1).argsort(axis=1))[:, None]

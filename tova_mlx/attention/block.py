@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..eviction import ScanResult, cut_once, scan_block, scored_scan
+from ..eviction import Columns, ScanResult, cut_once, scan_block, scored_scan
 from ..storage.entries import Entries, first_slots, gather
 from ..storage.fields import position_range, tokens_held
 from ..storage.slots import Slots
@@ -223,7 +223,7 @@ def _scan(
     n_before: int,
 ) -> ScanResult:
     """Replay a block's evictions; scores: [B, H', n], of the columns held before."""
-    rule, length = slots.rule, block.length
+    rule, length, norms = slots.rule, block.length, slots.value_norms
     limit = None if once else rule.max_size
     positions = _take(slots.positions, block.columns)
     if rule.score is not None:
@@ -231,9 +231,11 @@ def _scan(
         return scored_scan(*stored, positions, rule, limit=limit, length=length)
     return scan_block(
         masked_logits(cut.queries, cut.keys, cut.args),
-        _flat(positions),
-        _flat(mx.pad(scores, [(0, 0), (0, 0), (0, length)])),
-        None if slots.value_norms is None else gather(slots.value_norms, block.columns),
+        Columns(
+            _flat(positions),
+            _flat(mx.pad(scores, [(0, 0), (0, 0), (0, length)])),
+            norms if norms is None else gather(norms, block.columns),
+        ),
         rule,
         limit=limit,
         n_before=min(length, max(0, n_before)) if rule.memory else 0,

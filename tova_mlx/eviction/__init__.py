@@ -3,12 +3,13 @@
 from .choice import kernels_wanted, scan_block
 from .kernels import step_on_gpu
 from .once import cut_once
-from .scan import ScanResult
+from .scan import Columns, ScanResult
 from .scored import scored_scan, scored_step
 from .step import choose_victim, step_on_cpu, update_scores
 from .window import window_columns, window_mask
 
 __all__ = [
+    "Columns",
     "ScanResult",
     "choose_victim",
     "cut_once",

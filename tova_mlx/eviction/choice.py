@@ -5,12 +5,12 @@ to the portable form; `on` takes the kernels wherever it is, for tests.
 """
 
 import os
-from typing import Any
 
 import mlx.core as mx
 
+from ..policies import Rule
 from .kernels import MAX_COLUMNS, scan_on_gpu
-from .scan import ScanResult, scan_on_cpu
+from .scan import Columns, ScanResult, scan_on_cpu
 
 
 def kernels_wanted() -> bool:
@@ -21,7 +21,16 @@ def kernels_wanted() -> bool:
     return mx.metal.is_available() and mx.default_device() == mx.Device(mx.gpu)
 
 
-def scan_block(logits: mx.array, *arguments: Any, **options: Any) -> ScanResult:
+def scan_block(
+    logits: mx.array,
+    columns: Columns,
+    rule: Rule,
+    *,
+    limit: int | None,
+    n_before: int = 0,
+    sinks: mx.array | None = None,
+) -> ScanResult:
     """The prefill scan; arguments as in `scan_on_cpu`."""
     on_gpu = kernels_wanted() and logits.shape[3] <= MAX_COLUMNS
-    return (scan_on_gpu if on_gpu else scan_on_cpu)(logits, *arguments, **options)
+    scan = scan_on_gpu if on_gpu else scan_on_cpu
+    return scan(logits, columns, rule, limit=limit, n_before=n_before, sinks=sinks)

@@ -23,7 +23,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..policies import Rule
-from .scan import ScanResult
+from .scan import Columns, ScanResult
 
 # One flag a column in threadgroup memory, 8.25 KiB.
 MAX_COLUMNS = 67_584
@@ -220,9 +220,7 @@ def _kernel(block: bool, before: bool) -> Any:
 
 def _launch(
     logits: mx.array,
-    positions: mx.array,
-    scores: mx.array | None,
-    value_norms: mx.array | None,
+    known: Columns,
     newest: mx.array,
     rule: Rule,
     *,
@@ -233,9 +231,10 @@ def _launch(
 ) -> list[mx.array]:
     """New scores [R, N], then the victims [R] or `last` [R, N], then `before`.
 
-    logits: [B, n_heads, L, N], f16, bf16 or f32; positions, scores: [R, N]; newest:
-    int32, at least [B], the position of the last step's token.
+    logits: [B, n_heads, L, N], f16, bf16 or f32; newest: int32, at least [B], the
+    position of the last step's token.
     """
+    positions, scores, value_norms = known
     batch, n_heads, _, columns = logits.shape
     n_choices = positions.shape[0]
     heads = batch * n_heads // n_choices
@@ -300,9 +299,11 @@ def step_on_gpu(
     flat = (batch * heads, columns)
     new_scores, victim = _launch(
         logits,
-        positions.reshape(flat),
-        None if scores is None else scores.reshape(flat),
-        value_norms,
+        Columns(
+            positions.reshape(flat),
+            None if scores is None else scores.reshape(flat),
+            value_norms,
+        ),
         _per_row(newest, batch),
         rule,
         first_evicting=0 if evicts else 1,
@@ -316,9 +317,7 @@ def step_on_gpu(
 
 def scan_on_gpu(
     logits: mx.array,
-    positions: mx.array,
-    scores: mx.array,
-    value_norms: mx.array | None,
+    columns: Columns,
     rule: Rule,
     *,
     limit: int | None,
@@ -326,14 +325,13 @@ def scan_on_gpu(
     sinks: mx.array | None = None,
 ) -> ScanResult:
     """As `scan_on_cpu`; nothing waits for the device."""
-    batch, _, length, columns = logits.shape
-    n_held = columns - length
+    batch, _, length, n_columns = logits.shape
+    n_held = n_columns - length
+    positions = columns.positions
     per_row = positions.shape[0] // batch
     new_scores, last, *before = _launch(
         logits,
-        positions,
-        scores,
-        value_norms,
+        columns,
         _per_row(positions[::per_row, -1], batch),
         rule,
         first_evicting=length if limit is None else max(0, limit - n_held),

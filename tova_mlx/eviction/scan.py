@@ -24,6 +24,18 @@ _LOST = np.float32(1e-20)
 _TINY = np.float32(1e-38)
 
 
+class Columns(NamedTuple):
+    """What is known of a block's N columns, in order of position.
+
+    positions: int32 [R, N]; scores: float32 [R, N], 0 in the block's own columns;
+    value_norms: float32 [B, n_kv_heads, N] for value-weighted rules.
+    """
+
+    positions: mx.array
+    scores: mx.array | None
+    value_norms: mx.array | None = None
+
+
 class ScanResult(NamedTuple):
     """Until when each column was held, and what it was worth.
 
@@ -39,9 +51,7 @@ class ScanResult(NamedTuple):
 
 def scan_on_cpu(
     logits: mx.array,
-    positions: mx.array,
-    scores: mx.array,
-    value_norms: mx.array | None,
+    columns: Columns,
     rule: Rule,
     *,
     limit: int | None,
@@ -50,17 +60,15 @@ def scan_on_cpu(
 ) -> ScanResult:
     """Replay L steps on logits [B, n_heads, L, N], -inf where a mask hides.
 
-    What comes after a query need not be hidden. positions: int32 [R, N]; scores:
-    float32 [R, N], 0 in the block's own columns; value_norms: float32
-    [B, n_kv_heads, N] for value-weighted rules; limit: tokens held after each step,
+    What comes after a query need not be hidden. limit: tokens held after each step,
     None for all; n_before: for how many of the last steps `before` is wanted; sinks:
     learned logits [n_heads] in the denominator.
     """
-    length, columns = logits.shape[2:]
-    n_held = columns - length
-    weights = _Weights(logits, positions.shape[0], value_norms, sinks)
-    tokens = _Tokens(np.array(positions), n_held, rule)
-    memory, current = np.float32(rule.memory), np.array(scores)
+    length, n_columns = logits.shape[2:]
+    n_held = n_columns - length
+    weights = _Weights(logits, columns, sinks)
+    tokens = _Tokens(np.array(columns.positions), n_held, rule)
+    memory, current = np.float32(rule.memory), np.array(columns.scores)
     before = []
     for step in range(length):
         tokens.arrive(step)
@@ -116,27 +124,22 @@ class _Weights:
     The exponentials of all queries are taken at once, as if nothing was evicted.
     """
 
-    def __init__(
-        self,
-        logits: mx.array,
-        n_choices: int,
-        value_norms: mx.array | None,
-        sinks: mx.array | None,
-    ):
-        batch, n_heads, length, columns = logits.shape
+    def __init__(self, logits: mx.array, columns: Columns, sinks: mx.array | None):
+        batch, n_heads, length, n = logits.shape
+        n_choices = columns.positions.shape[0]
         self._heads = batch * n_heads // n_choices
         shape = (n_choices, self._heads)
-        causal = mx.arange(columns - length, columns)[:, None] >= mx.arange(columns)
+        causal = mx.arange(n - length, n)[:, None] >= mx.arange(n)
         seen = mx.where(causal, logits.astype(mx.float32), -mx.inf)
-        self._logits = np.array(seen, copy=False).reshape(*shape, length, columns)
+        self._logits = np.array(seen, copy=False).reshape(*shape, length, n)
         self._sinks = self._norms = None
         if sinks is not None:
             learned = np.array(sinks.astype(mx.float32))
             self._sinks = np.tile(learned, batch).reshape(shape)
-        if value_norms is not None:
-            per_head = n_heads // value_norms.shape[1]
-            norms = np.repeat(np.array(value_norms), per_head, axis=1)
-            self._norms = np.nan_to_num(norms.reshape(*shape, columns), nan=0.0)
+        if columns.value_norms is not None:
+            per_head = n_heads // columns.value_norms.shape[1]
+            norms = np.repeat(np.array(columns.value_norms), per_head, axis=1)
+            self._norms = np.nan_to_num(norms.reshape(*shape, n), nan=0.0)
         sink = None if self._sinks is None else self._sinks[:, :, None]
         top = _top(self._logits, sink)
         self._doubtful = ~np.isfinite(top)
