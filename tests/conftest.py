@@ -40,6 +40,7 @@ def demo(demo_path):
 @pytest.fixture(scope="session")
 def small_path(demo_path, tmp_path_factory) -> Path:
     """A random model of small weights and 32 KiB of keys and values a token."""
+    import mlx.core as mx
     from mlx_lm.models import llama
     from mlx_lm.utils import save_config, save_model
 
@@ -54,6 +55,7 @@ def small_path(demo_path, tmp_path_factory) -> Path:
         "rms_norm_eps": 1e-5,
         "vocab_size": 49152,
     }
+    mx.random.seed(0)
     path = tmp_path_factory.mktemp("small")
     save_model(path, llama.Model(llama.ModelArgs.from_dict(config)))
     save_config(config, config_path=path / "config.json")

@@ -195,7 +195,8 @@ def test_a_prompt_file_that_fits_goes_on(prompts, small_path, cache, name):
         assert result.exit_code == 0, (result.stderr, result.exception)
         texts.add(result.stdout)
     assert len(texts) == 1
-    assert texts.pop().strip()
+    # Random weights say what they like, newlines too: more than the one that ends it.
+    assert len(texts.pop()) > 1
 
 
 def test_a_prompt_file_of_the_home_directory_and_of_a_model_named_otherwise(

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import mlx.core as mx
 
@@ -75,8 +75,19 @@ class AffineEntries(NamedTuple):
 class Affine:
     """The format: how many bits a number, and how many numbers share a scale."""
 
+    choices: ClassVar[tuple[int | str, ...]] = (4, 8)
     bits: int
     group_size: int
+
+    @classmethod
+    def of(cls, choice: int, group_size: int) -> "Affine":
+        """So many bits."""
+        return cls(choice, group_size)
+
+    @property
+    def choice(self) -> int:
+        """The bits."""
+        return self.bits
 
     def quantize(self, entries: mx.array) -> AffineEntries:
         if entries.shape[3] % self.group_size:

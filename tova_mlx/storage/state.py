@@ -138,9 +138,9 @@ def _check_shapes(slots: Slots, keys: Entries, values: Entries) -> None:
     # A model may keep values of no width, where keys say everything.
     if values.shape[:3] != shape or 0 in keys.shape:
         raise ValueError(f"keys {keys.shape}, values {values.shape}")
-    types = [arrays_of(e)[-1].dtype for e in (keys, values)]
-    if types[0] != types[1]:
-        raise ValueError(f"keys of {types[0]}, values of {types[1]}")
+    plain = [e for e in (keys, values) if is_plain(e)]
+    if len({e.dtype for e in plain}) > 1:
+        raise ValueError(" and ".join(f"entries of {e.dtype}" for e in plain))
     if slots.victim is not None and not slots.evicted:
         raise ValueError("a victim, but nothing was evicted")
     n, limit = shape[2], rule.max_size
