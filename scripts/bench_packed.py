@@ -12,25 +12,37 @@ import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from common import load_demo_model, provenance
 
-from tova_mlx import make_prompt_cache
+from tova_mlx import PolicyKVCache, make_prompt_cache
 
 STORAGE = {
-    "plain": {},
-    "8": {"kv_bits": 8},
-    "8,4 group 32": {"kv_bits": (8, 4), "kv_group_size": 32},
-    "4 group 32": {"kv_bits": 4, "kv_group_size": 32},
+    "as they come": {},
+    "8 (8h,8)": {"kv_bits": 8},
+    "4 (6h,4)": {"kv_bits": 4},
+    "6h,4 turned only": {"kv_bits": ("6h", 4)},
+    "6,4": {"kv_bits": (6, 4)},
+    "8,8": {"kv_bits": (8, 8)},
+    "4,4": {"kv_bits": (4, 4)},
 }
+
+
+def caches_of(model: Any, name: str, limit: int, policy: str) -> list[Any]:
+    """Caches with one of these storages; without a model nothing is centred."""
+    options = {"policy": policy, "journal": 0, **STORAGE[name]}
+    if name.endswith("only"):
+        return [PolicyKVCache(limit, **options) for _ in model.layers]
+    return make_prompt_cache(model, limit, **options)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--limit", type=int, default=512)
     parser.add_argument("--policy", default="tova")
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     model, _ = load_demo_model()
@@ -48,10 +60,9 @@ def main() -> None:
             del logits
         return mx.get_peak_memory() - weights
 
-    rows, kept = {}, {}
-    for name, options in STORAGE.items():
-        options = {"policy": args.policy, "journal": 0, **options}
-        caches = make_prompt_cache(model, args.limit, **options)
+    rows = {}
+    for name in STORAGE:
+        caches = caches_of(model, name, args.limit, args.policy)
         prefill = peak(caches, tokens, 256)
         decode = peak(caches, tokens[:, :8], 1)
         rows[name] = {
@@ -61,9 +72,8 @@ def main() -> None:
         }
         # All of them at once would add up in the peaks; only for the timing below.
         del caches
-        kept[name] = options
-    times: dict[str, list[float]] = {name: [] for name in kept}
-    caches = {n: make_prompt_cache(model, args.limit, **o) for n, o in kept.items()}
+    times: dict[str, list[float]] = {name: [] for name in STORAGE}
+    caches = {n: caches_of(model, n, args.limit, args.policy) for n in STORAGE}
     for cache in caches.values():
         peak(cache, tokens, 256)
     for i in range(args.steps + 4):
@@ -74,6 +84,12 @@ def main() -> None:
                 times[name].append(time.perf_counter() - start)
     for name, row in rows.items():
         row["decode_ms"] = 1000 * statistics.median(times[name])
+        # Step by step against that of the same moment: the machine's speed drifts.
+        for other in ("as they come", "4,4"):
+            pairs = zip(times[name], times[other], strict=True)
+            ratios = [mine / theirs for mine, theirs in pairs]
+            low, middle, high = statistics.quantiles(ratios, n=4)
+            row[f"decode_to_{other}"] = [low, middle, high]
         print(name, row, flush=True)
     report = {
         **provenance(),

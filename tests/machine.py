@@ -39,6 +39,7 @@ from tova_mlx import load_prompt_cache as our_load
 from tova_mlx import save_prompt_cache as our_save
 from tova_mlx.caches.lockstep import keep_together
 from tova_mlx.errors import CacheStateError, TovaError
+from tova_mlx.storage.formats import storage_for
 from tova_mlx.storage.slots import Slots
 
 SCALE = 0.4
@@ -119,13 +120,12 @@ def bias_of(kind):
     return lambda q, k: 0.0
 
 
-def stored(rows, bits):
-    """Rows [H, D] as a cache of these bits gives them back."""
-    if bits is None:
+def stored(rows, form):
+    """Rows [H, D] as a cache of this format gives them back, each stored alone."""
+    if form is None:
         return rows.astype(np.float64)
-    parts = mx.quantize(mx.array(rows, mx.float32), group_size=32, bits=bits)
-    plain = mx.dequantize(*parts, group_size=32, bits=bits)
-    return np.array(plain).astype(np.float64)
+    rows = form.quantize(mx.array(rows, mx.float32)[None, :, None])
+    return np.array(rows.dequantized())[0, :, 0].astype(np.float64)
 
 
 class Checks:
@@ -133,9 +133,7 @@ class Checks:
 
     def __init__(self, setup: Setup):
         self.setup = setup
-        self.bits = setup.kv_bits
-        if isinstance(self.bits, int):
-            self.bits = (self.bits, self.bits)
+        self.storages = [storage_for(setup.kv_bits, 32)] * LAYERS
         self.next_uid = 0
         COUNTS["sequences"] += 1
 
@@ -157,9 +155,9 @@ class Checks:
 
     def token(self, layer, uid):
         _, _, key, value = (a[:, 0] for a in self.content(layer, [uid]))
-        bits = self.bits or (None, None)
+        form = self.storages[layer]
         norm = np.linalg.norm(value.astype(np.float64), axis=-1)
-        return Token(uid, stored(key, bits[0]), stored(value, bits[1]), norm)
+        return Token(uid, stored(key, form.keys), stored(value, form.values), norm)
 
     def read(self, oracle, layer, uids, kind, got, positions):
         """The oracle reads; outputs [n, n_heads, ·] and held positions must be its.
@@ -248,8 +246,7 @@ def plain(rows):
     """NumPy arrays of what a cache holds, quantised or not."""
     if isinstance(rows, mx.array):
         return np.array(rows)
-    parts = (rows.data, rows.scales, rows.biases)
-    return np.array(mx.dequantize(*parts, group_size=rows.group_size, bits=rows.bits))
+    return np.array(rows.dequantized())
 
 
 def nothing_waits(slots):
@@ -536,16 +533,17 @@ class World(Checks):
         self.floor = self.offset
 
     def quantise(self, bits):
-        if self.bits is not None or any(d % 32 for d in self.setup.dims):
+        if self.setup.kv_bits is not None or any(d % 32 for d in self.setup.dims):
             return
         self.caches = [c.to_quantized(group_size=32, bits=bits) for c in self.caches]
         keep_together(self.caches)
-        self.bits = (bits, bits)
         self.setup = replace(self.setup, kv_bits=bits)
-        for layer in self.oracles:
+        self.storages = [c.options.storage for c in self.caches]
+        for layer, form in zip(self.oracles, self.storages, strict=True):
             for oracle in layer:
                 for t in oracle.tokens:
-                    t.key, t.value = stored(t.key, bits), stored(t.value, bits)
+                    t.key = stored(t.key, form.keys)
+                    t.value = stored(t.value, form.values)
         self.floor = self.offset
 
     def to_batch_and_back(self, n):
@@ -676,7 +674,7 @@ class Rows(Checks):
         for cache, row in zip(singles, self.rows, strict=True):
             world = World.__new__(World)
             world.__dict__.update(
-                setup=self.setup, bits=self.bits, next_uid=self.next_uid
+                setup=self.setup, storages=self.storages, next_uid=self.next_uid
             )
             world.caches, world.oracles = [cache], [[row.oracle]]
             world.floor = len(row.oracle.tokens)
@@ -789,7 +787,7 @@ class CacheMachine(RuleBasedStateMachine):
     def store(self, how):
         self.world.store(how)
 
-    @rule(bits=st.sampled_from([4, 8]))
+    @rule(bits=st.sampled_from([4, 8, (4, 8)]))
     def quantise(self, bits):
         self.world.quantise(bits)
 

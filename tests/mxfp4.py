@@ -1,9 +1,11 @@
-"""A storage format from outside: fp4 numbers, of which 32 share one scale and no bias."""
+"""A storage format from outside: numbers of 4 bits, 32 to a scale, without a bias."""
 
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import mlx.core as mx
+
+from tova_mlx.storage.format import Format
 
 HOW = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
 
@@ -31,12 +33,13 @@ class Mxfp4Entries(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Mxfp4:
-    choices: ClassVar[tuple[int | str, ...]] = ("mxfp4",)
-    choice: ClassVar[str] = "mxfp4"
+class Mxfp4(Format):
+    choices: ClassVar = ("mxfp4",)
+    choice = "mxfp4"
+    bits_per_number = 4.25
 
     @classmethod
-    def of(cls, choice, group_size):
+    def of(cls, choice, group_size, constant=None):
         return cls()
 
     def quantize(self, entries):

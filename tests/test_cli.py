@@ -25,7 +25,7 @@ def run(*arguments, **options):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("x", "--max-kv-size", "1.5"), 2, "not a valid integer"),
+        (("x", "--max-kv-size", "1.5"), 2, "'1.5' is not a size. Use a number of"),
         (("x", "--policy", "lru"), 2, "'lru' is not one of"),
         (("x", "--model", "./nothing"), 1, "no such directory"),
         (("x", "--model", "~nobody/x"), 1, "no such directory"),
@@ -63,7 +63,9 @@ CANNOT_WORK_FOR_A_CACHE = [
     (("--n-recent", "-1"), "'--n-recent': -1 is not in the range"),
     (("--memory", "2"), "'--memory': 2.0 is not in the range"),
     (("--memory", "nan"), "'--memory': nan is not a finite number"),
-    (("--kv-bits", "3"), "use 4, 8, or a pair"),
+    (("--kv-bits", "3"), "use 4, 5, 6, 8, or a pair like 6h,4 of"),
+    (("--kv-bits", "4,4,4"), "use 4, 5, 6, 8, or a pair like 6h,4 of"),
+    (("--kv-bits", "true"), "use 4, 5, 6, 8, or a pair like 6h,4 of"),
     (("--policy", "window", "--n-sinks", "2"), "window does not read --n-sinks 2."),
     (
         ("--policy", "keydiff", "--no-value-weighted"),

@@ -67,10 +67,11 @@ def test_a_long_run_draws_now_and_then(tmp_path, monkeypatch):
 def test_every_bit_width_is_measured_in_every_group_size():
     both = {"kv_bits": (8, (8, 4)), "kv_group_sizes": ("32", "64")}
     assert quantised(both) == [
-        *(((8, 8), 32), ((8, 8), 64)),
+        *((("8h", 8), 32), (("8h", 8), 64)),
         *(((8, 4), 32), ((8, 4), 64)),
     ]
-    assert quantised({"kv_bits": (4,), "kv_group_sizes": ()}) == [((4, 4), 64)]
+    # What a single number is goes into the rows, not the number.
+    assert quantised({"kv_bits": (4,), "kv_group_sizes": ()}) == [(("6h", 4), 64)]
     assert quantised({}) == []
     with pytest.raises(click.UsageError, match="does nothing without --kv-bits"):
         quantised({"kv_bits": (), "kv_group_sizes": ("32",)})
@@ -79,7 +80,7 @@ def test_every_bit_width_is_measured_in_every_group_size():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--kv-bits", "5"), "use 4, 8, or a pair like 8,4"),
+        (("--kv-bits", "3"), "use 4, 5, 6, 8, or a pair like 6h,4 of 4, 5, 6, 8, 4h"),
         (("--kv-group-size", "32"), "--kv-group-size does nothing without --kv-bits"),
         (("--kv-bits", "8", "--kv-group-size", "48"), "'48' is not one of"),
     ],

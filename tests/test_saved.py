@@ -340,7 +340,7 @@ def test_what_a_policy_does_not_keep_is_refused(model, name):
 
 
 @pytest.mark.parametrize(("policy", "options"), CASES + EXTRA)
-@pytest.mark.parametrize("kv_bits", [None, (8, 4)])
+@pytest.mark.parametrize("kv_bits", [None, (8, 4), 4])
 def test_every_state_that_comes_about_is_accepted(policy, options, kv_bits):
     model = tiny.make(head_dim=32)
     how = {"policy": policy, "kv_bits": kv_bits, "kv_group_size": 32, **options}

@@ -285,6 +285,46 @@ def test_memory_stays_bounded_over_growing_requests(small_path):
     assert median(resident[-20:]) - median(resident[40:60]) < 60e6
 
 
+@pytest.mark.parametrize("bits", [(), ("--kv-bits", "4")])
+def test_eight_clients_and_what_is_stored_stay_within_a_budget(small_path, bits):
+    budget, most = 48e6, 0
+    arguments = ("--max-kv-size", "48MB", "--prefill-step-size", "128", *bits)
+    arguments += ("--model", str(small_path), "--log-level", "ERROR")
+    talks = [[] for _ in range(8)]
+
+    def turn(i):
+        talks[i].append(user(f"word{i} " * (400 + 50 * len(talks[i]))))
+        reply = chat(client, talks[i], max_tokens=4).choices[0].message
+        talks[i].append({"role": "assistant", "content": reply.content})
+
+    with serving(*arguments) as (process, client):
+        chat(client, [user("word " * 800)], max_tokens=4)
+        before = resident_bytes(process.pid)
+        with ThreadPoolExecutor(8) as pool:
+            for _ in range(3):
+                list(pool.map(turn, range(8)))
+                most = max(most, resident_bytes(process.pid))
+    # A step of five rows takes its own; 24 turns of 1,024 tokens would be 800 MB here.
+    assert most - before < budget + 60e6, (most - before) / 1e6
+
+
+def test_a_budget_that_cannot_be_shared_is_a_usage_error(small_path):
+    command = [sys.executable, "-m", "tova_mlx", "serve", "--model", str(small_path)]
+    for size, said in (
+        ("100kB", "is too small for each of 10 parts"),
+        ("1XB", "is not"),
+    ):
+        done = subprocess.run(
+            [*command, "--max-kv-size", size, "--port", "1"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 2, done.stderr
+        assert said in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
+
+
 def resident_bytes(pid):
     status = Path(f"/proc/{pid}/status")
     if status.exists():

@@ -27,7 +27,7 @@ from ..errors import CacheStateError, OptionError
 from ..eviction import window_mask
 from ..hooks import dispatcher, registration, trimming
 from ..policies import Granularity
-from ..storage.entries import Entries, to_mlx
+from ..storage.entries import Entries, dequantized, to_mlx
 from ..storage.formats import storage_for
 from ..storage.observer import Callback, Observer
 from ..storage.slots import Slots
@@ -353,6 +353,8 @@ class PolicyKVCache(PolicyCache):
         if not slots.storage.is_plain:
             return self
         stored = storage_for(bits, group_size)
+        if slots.keys is not None:
+            stored = stored.fitted(*map(dequantized, slots.held_entries()))
         twin = slots.twin()
         twin.storage, twin.journal = stored, slots.journal.empty()
         if twin.keys is not None:

@@ -16,6 +16,7 @@ from .options import (
     check,
     model_option,
     sampling_options,
+    settle_size,
 )
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def chat(**options: Any) -> None:
     from ..models.conversation import Conversation
     from ..models.conversion import convert
 
+    settle_size(model, options, journal=0)
     convert(
         model,
         journal=0,

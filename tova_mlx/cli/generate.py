@@ -15,6 +15,7 @@ from .options import (
     check,
     model_option,
     sampling_options,
+    settle_size,
 )
 
 
@@ -46,6 +47,7 @@ def generate(
     from ..models.report import describe
 
     tokens = _encode(tokenizer, text, options["no_chat_template"])
+    settle_size(model, options, journal=0)
     caches = make_prompt_cache(
         model,
         journal=0,

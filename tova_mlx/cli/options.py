@@ -60,15 +60,40 @@ def model_option(command: F) -> F:
 
 
 class KVBits(click.ParamType):
-    """Bits of quantised keys and values: a number for both, or a pair."""
+    """Bits of quantised keys and values: one number for both, or a pair."""
 
     name = "BITS[,BITS]"
 
-    def convert(self, value: Any, param: Any, ctx: Any) -> int | tuple[int, ...]:
-        parts = str(value).split(",")
-        if len(parts) > 2 or not all(part in ("4", "8") for part in parts):
-            self.fail("use 4, 8, or a pair like 8,4", param, ctx)
-        return int(parts[0]) if len(parts) == 1 else tuple(map(int, parts))
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        # Not before: it imports MLX.
+        from ..storage.formats import BEST, choices, storage_for
+
+        words = str(value).split(",")
+        bits = [int(word) if word.isdecimal() else word for word in words]
+        bits = bits[0] if len(bits) == 1 else tuple(bits)
+        try:
+            storage_for(bits, 64)
+        except OptionError:
+            alone, pairs = (", ".join(map(str, c)) for c in (BEST, choices()))
+            self.fail(f"use {alone}, or a pair like 6h,4 of {pairs}", param, ctx)
+        return bits
+
+
+class KVSize(click.ParamType):
+    """Tokens kept per layer, or a budget: bytes that all caches may take, or auto."""
+
+    name = "TOKENS|BYTES|auto"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if isinstance(value, int) or re.fullmatch(r"[+-]?\d+", value):
+            return click.IntRange(min=1).convert(value, param, ctx)
+        # Not before: it imports MLX.
+        from ..models.budget import parse_size
+
+        try:
+            return parse_size(value)
+        except OptionError as error:
+            self.fail(str(error).removeprefix("max_kv_size="), param, ctx)
 
 
 def cache_options(command: F) -> F:
@@ -84,10 +109,11 @@ def cache_options(command: F) -> F:
             ),
             click.option(
                 "--max-kv-size",
-                type=click.IntRange(min=1),
+                type=KVSize(),
                 default=1024,
                 show_default=True,
-                help="Tokens kept per layer.",
+                help="Tokens kept per layer; or bytes for all caches together, such "
+                "as 2GB or 512MiB; or auto, what the machine can spare.",
             ),
             click.option(
                 "--granularity",
@@ -118,7 +144,8 @@ def cache_options(command: F) -> F:
             click.option(
                 "--kv-bits",
                 type=KVBits(),
-                help="Quantised keys and values: 4, 8, or a pair like 8,4.  "
+                help="Quantised keys and values: 4, 5, 6 or 8, or a pair like 6h,4; h: "
+                "keys centred and turned first, as a number alone has it.  "
                 "[default: as the model has them]",
             ),
             click.option(
@@ -204,23 +231,28 @@ def check(options: dict[str, Any]) -> None:
     check_policy(policy, options["max_kv_size"], given(options))
 
 
-def check_policy(policy: str, max_kv_size: int, options: Mapping[str, Any]) -> None:
+def check_policy(policy: str, max_kv_size: Any, options: Mapping[str, Any]) -> None:
     """Refuse a size or options that the policy cannot work with. Raises UsageError."""
+    if not isinstance(max_kv_size, int):
+        # How many tokens it is depends on the model.
+        max_kv_size = 2**30
     try:
         resolve_options(policy, max_kv_size, options)
     except OptionError as error:
         raise click.UsageError(in_options(str(error))) from error
 
 
-_NAMES = "|".join(("max_size", "prefill", "kv_bits", "kv_group_size", *POLICY_OPTIONS))
+_NAMES = "|".join(
+    ("max_size", "max_kv_size", "prefill", "kv_bits", "kv_group_size", *POLICY_OPTIONS)
+)
 # With a value; and without one, in a list of options or in "Leave kv_bits out".
-_GIVEN = re.compile(rf"(?<= )({_NAMES})='?(\w[\w.]*\b)'?")
+_GIVEN = re.compile(rf"(?:^|(?<= ))({_NAMES})=(?:'([^']*)'|(\w[\w./]*\b))")
 _NAMED = re.compile(rf"(?<=[:,] )({_NAMES})(?=[,.])|(?<=[Ll]eave )kv_bits")
 
 
 def in_options(message: str) -> str:
     """An error's text with options for the arguments of Python that it names."""
-    message = _GIVEN.sub(lambda found: _typed(found[1], found[2]), message)
+    message = _GIVEN.sub(lambda found: _typed(found[1], found[2] or found[3]), message)
     return _NAMED.sub(lambda found: _flag(found[0]), message)
 
 
@@ -231,7 +263,40 @@ def _typed(name: str, value: str) -> str:
 
 
 def _flag(name: str) -> str:
-    return "--" + name.replace("max_size", "max_kv_size").replace("_", "-")
+    return "--" + ("max_kv_size" if name == "max_size" else name).replace("_", "-")
+
+
+def settle_size(
+    model: Any,
+    options: dict[str, Any],
+    *,
+    parts: int = 1,
+    each: str = "conversations",
+    **others: Any,
+) -> int | None:
+    """Put the tokens per layer in the place of a budget, and say how many they are.
+
+    parts, each: how many sets of caches share the budget, and what each is; others:
+    arguments of `make_prompt_cache` that are not among the options. Returns the budget
+    in bytes, if there is one. Raises UsageError: too small.
+    """
+    budget = options["max_kv_size"]
+    if isinstance(budget, int):
+        return None
+    from ..models.conversion import tokens_within
+
+    arguments = cache_arguments(options) | others
+    del arguments["max_kv_size"]
+    how: dict[str, Any] = {"parts": parts, "each": each}
+    if "prefill_step_size" in options:
+        how["step"] = options["prefill_step_size"]
+    try:
+        found = tokens_within(model, budget, **how, **arguments)
+    except OptionError as error:
+        raise click.UsageError(in_options(str(error))) from error
+    click.echo(f"--max-kv-size {found.line}", err=True)
+    options["max_kv_size"] = found.tokens
+    return found.nbytes
 
 
 def cache_arguments(options: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """tova-mlx serve: mlx-lm's OpenAI-compatible server, every cache bounded."""
 
+import argparse
 import os
 import signal
 import sys
@@ -59,8 +60,10 @@ def serve(
     _make_hub_cache()
     unlimited = options["policy"] == "full"
     most_drafts = None if unlimited else max(JOURNAL, num_draft_tokens)
+    # Half of a budget is for the conversations that are answered, half for those kept.
+    shared = _Shared(arguments, options["max_kv_size"])
     ours = {
-        "LRUPromptCache": PromptStore,
+        "LRUPromptCache": lambda n: PromptStore(n, max_bytes=shared.stored_bytes),
         "ModelProvider": Provider,
         "_run_http_server": partial(
             server._run_http_server,
@@ -69,6 +72,7 @@ def serve(
         ),
     }
     told = {"--model": path, "--port": port, "--num-draft-tokens": num_draft_tokens}
+    told |= shared.told
     given = [str(word) for pair in told.items() for word in pair]
     numbers = (signal.SIGINT, signal.SIGTERM)
     handlers = {number: signal.signal(number, _interrupt) for number in numbers}
@@ -80,11 +84,18 @@ def serve(
                 [*given, *arguments],
                 options,
                 num_draft_tokens=num_draft_tokens,
+                parts=2 * shared.rows,
+                each=f"parts ({shared.rows} conversations at once, as much for stored "
+                "ones)",
+                budgeted=shared.budgeted,
             )
         leave(0)
     except (OSError, OverflowError, UnicodeError) as error:
         click.echo(f"Error: cannot listen: {error}. Try another --port.", err=True)
         leave(1)
+    except click.UsageError as error:
+        error.show()
+        leave(error.exit_code)
     except TovaError as error:
         click.echo(in_options(error.line), err=True)
         leave(1)
@@ -96,6 +107,37 @@ def serve(
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+class _Shared:
+    """How conversations share a budget; mlx-lm's own numbers where there is none.
+
+    rows: conversations that may be read or answered at once; told: options for
+    mlx-lm that make it so, unless the user gave them.
+    """
+
+    stored_bytes = 1 << 63
+
+    def __init__(self, arguments: tuple[str, ...], size: Any):
+        self.told: dict[str, int] = {}
+        self.rows = 1
+        if isinstance(size, int):
+            return
+        parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+        parser.add_argument("--decode-concurrency", type=int, default=4)
+        parser.add_argument("--prompt-concurrency", type=int, default=1)
+        try:
+            known, _ = parser.parse_known_args(arguments)
+        except argparse.ArgumentError:
+            # mlx-lm says it, in its own words.
+            return
+        self.told = {f"--{k.replace('_', '-')}": v for k, v in vars(known).items()}
+        # As mlx-lm counts: prompts join those that are answered.
+        decoded = max(known.decode_concurrency, known.prompt_concurrency)
+        self.rows = max(1, decoded + known.prompt_concurrency)
+
+    def budgeted(self, nbytes: int) -> None:
+        self.stored_bytes = nbytes // 2
 
 
 def _make_hub_cache() -> None:

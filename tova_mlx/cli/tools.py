@@ -14,7 +14,7 @@ import click
 
 from ..errors import EvaluationError, OptionError, TovaError, UnsupportedModelError
 from .models import directory, load_with
-from .options import cache_arguments
+from .options import cache_arguments, settle_size
 
 TOOLS = ("cache_prompt", "chat", "evaluate", "generate")
 # Those that have a parser to ask what they were told.
@@ -27,11 +27,15 @@ def run_tool(
     options: dict[str, Any],
     *,
     num_draft_tokens: int = 0,
+    parts: int = 1,
+    each: str = "conversations",
+    budgeted: Callable[[int], Any] = lambda nbytes: None,
 ) -> None:
     """Run `mlx_lm.<tool>` with its own arguments and our cache options.
 
     num_draft_tokens: how many tokens will be drafted at most, where `arguments` do not
-    say it.
+    say it; parts, each: how many sets of caches share a budget, and what each is;
+    budgeted: is told the budget's bytes as soon as they are known.
     """
     from ..hooks.blas import load_openblas
 
@@ -52,7 +56,8 @@ def run_tool(
     with replaced(sys, argv=[f"mlx_lm.{tool}", *arguments]), _explained(tool):
         parsed = tool in _PARSED
         given: Any = module.setup_arg_parser().parse_args() if parsed else None
-        if getattr(given, "draft_model", None) is not None:
+        drafts = getattr(given, "draft_model", None) is not None
+        if drafts:
             num_draft_tokens = given.num_draft_tokens
         if num_draft_tokens < 0:
             raise click.UsageError(f"--num-draft-tokens {num_draft_tokens} is below 0.")
@@ -61,13 +66,23 @@ def run_tool(
         # A server drops models that it loaded, and has no such files.
         prompt = PromptFile(options, given.model, num_draft_tokens) if parsed else None
         # Rejected drafts are taken back, whatever they evicted.
-        how = {"journal": max(JOURNAL, num_draft_tokens), **cache_arguments(options)}
+        journal = max(JOURNAL, num_draft_tokens)
+        models = 1 + (drafts or any(a.startswith("--draft-model") for a in arguments))
 
-        def load(name: str, *arguments: Any, **keywords: Any) -> Any:
-            loaded = load_with(loader, directory(name), *arguments, **keywords)
-            bound = partial(convert, loaded[0], **how)
+        def load(name: str, *others: Any, **keywords: Any) -> Any:
+            loaded = load_with(loader, directory(name), *others, **keywords)
+            sized = dict(options)
+            n, what = parts * models, each
+            if models > 1:
+                what = f"{each}, the draft model's counted" if parts > 1 else "models"
+            nbytes = settle_size(loaded[0], sized, parts=n, each=what, journal=journal)
+            if nbytes is not None:
+                budgeted(nbytes)
+            bound = partial(
+                convert, loaded[0], journal=journal, **cache_arguments(sized)
+            )
             report = prompt.fit(loaded[0], bound) if prompt else bound()
-            click.echo(f"{name}: {_bound(report.totals, options)}", err=True)
+            click.echo(f"{name}: {_bound(report.totals, sized)}", err=True)
             return loaded
 
         functions: dict[str, Any] = {"load": load}

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import EvaluationError
+from .budgets import cache_bytes
 from .plots import (
     FULL,
     Style,
@@ -80,7 +81,10 @@ class Perplexity:
                 began(setting)
                 losses = self._measure(model, setting, progress)
                 self._save(setting, losses)
-                row = row or self.results.add(setting, **self._values(setting, losses))
+                if row is None:
+                    values = self._values(setting, losses)
+                    nbytes = cache_bytes(model, setting, self.windows.shape[1])
+                    row = self.results.add(setting, **values, cache_bytes=nbytes)
             assert row is not None
             yield row
 
@@ -142,25 +146,37 @@ class Perplexity:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> Path:
-    """Against tokens kept, a line per policy: perplexity, and its change from full."""
+    """Against tokens kept, a line per policy: perplexity, and its change from full.
+
+    Where something is quantised, against bytes too.
+    """
     changes = [_change(row) for row in rows if row.get("ratio_to_full") is not None]
-    figure, grid = new_figure(
-        width=12 if changes else 7, ncols=2 if changes else 1, squeeze=False
-    )
+    weighed = [row for row in rows if "cache_bytes" in row]
+    by_bytes = any("kv_bits" in row for row in weighed)
+    n = 1 + bool(changes) + by_bytes
+    figure, grid = new_figure(width=7 if n == 1 else 6 * n, ncols=n, squeeze=False)
     panels, first, looks = grid[0], rows[0], styles(rows)
-    draw_by_size(panels[0], rows, looks)
-    panels[0].set_yscale("log")
-    panels[0].yaxis.set_major_formatter("{x:.0f}")
-    panels[0].yaxis.set_minor_formatter("{x:.0f}")
-    panels[0].set_ylabel("perplexity (lower is better)")
+    _draw_values(panels[0], rows, looks)
     if changes:
         _draw_changes(panels[1], changes, looks)
+    if by_bytes:
+        _draw_values(panels[-1], weighed, looks, by="cache_bytes")
     figure.suptitle(
         f"{first['model']}, {first['text']}: {first['tokens']:,} tokens in contexts "
         f"of {first['context']:,}; bars: standard error"
     )
     legend_below(figure, panels, 8)
     return save(figure, path)
+
+
+def _draw_values(
+    axes: Any, rows: list[dict[str, Any]], looks: Mapping[str, Style], **how: Any
+) -> None:
+    draw_by_size(axes, rows, looks, **how)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.yaxis.set_minor_formatter("{x:.0f}")
+    axes.set_ylabel("perplexity (lower is better)")
 
 
 def _change(row: dict[str, Any]) -> dict[str, Any]:

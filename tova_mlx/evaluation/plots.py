@@ -3,7 +3,7 @@
 Colours: Okabe and Ito, "Color Universal Design" (2008).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +96,12 @@ def draw_by_size(
     rows: Sequence[dict[str, Any]],
     looks: Mapping[str, Style],
     apart: float = 0.0,
+    by: str = "max_kv_size",
 ) -> list[int]:
     """Values with error bars against tokens kept, a line per policy; `full` dashed.
 
     looks: see `styles`; apart: how far the lines stand from each other at one size, in
-    powers of two. Returns the sizes.
+    powers of two; by: "cache_bytes" for bytes instead of tokens. Returns the sizes.
     """
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -109,22 +110,40 @@ def draw_by_size(
         else:
             lines.setdefault(line_of(row), []).append(row)
     for i, (line, some) in enumerate(lines.items()):
-        some = sorted(some, key=lambda row: row["max_kv_size"])
+        some = sorted(some, key=lambda row: row[by])
         shift = 2 ** (apart * (i - (len(lines) - 1) / 2))
         axes.errorbar(
-            [row["max_kv_size"] * shift for row in some],
+            [row[by] * shift for row in some],
             [row["value"] for row in some],
             yerr=[row["stderr"] or 0 for row in some],
             capsize=3,
             **looks[line],
         )
-    sizes = sorted({row["max_kv_size"] for some in lines.values() for row in some})
+    sizes = sorted({row[by] for some in lines.values() for row in some})
     if sizes:
         axes.set_xscale("log", base=2)
-        axes.set_xticks(sizes, [str(size) for size in sizes])
-    axes.set_xlabel("tokens kept per layer (max_kv_size)")
+        axes.minorticks_off()
+        _tick(axes, sizes, str if by == "max_kv_size" else _bytes)
+    axes.set_xlabel(
+        "tokens kept per layer (max_kv_size)"
+        if by == "max_kv_size"
+        else "bytes of all caches, keys and values in half precision"
+    )
     axes.grid(alpha=0.3)
     return sizes
+
+
+def _tick(axes: Any, sizes: list[int], said: Callable[[int], str]) -> None:
+    """Name the sizes, but of those that are near each other only the first."""
+    named = [sizes[0]]
+    for size in sizes:
+        if size >= 1.5 * named[-1]:
+            named.append(size)
+    axes.set_xticks(named, [said(size) for size in named])
+
+
+def _bytes(n: int) -> str:
+    return f"{n / 1e6:.3g} MB"
 
 
 def legend_below(figure: Any, panels: Sequence[Any], ncols: int) -> None:

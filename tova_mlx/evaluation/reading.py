@@ -20,15 +20,23 @@ from .results import Setting
 Progress = Callable[[int], Any]
 
 
-def new_cache(model: nn.Module, setting: Setting, **options: Any) -> list[Any]:
-    """Caches of a setting; nothing will be taken back.
+def cache_options(setting: Setting) -> dict[str, Any]:
+    """What `make_prompt_cache` takes for a setting, but for the size.
 
-    options: others of `make_prompt_cache`.
+    Nothing will be taken back.
     """
-    policy, size, bits, group = setting
+    policy, _, bits, group = setting
+    options: dict[str, Any] = {"policy": policy, "journal": 0}
     if bits is not None:
-        options = {"kv_bits": bits, "kv_group_size": group, **options}
-    return make_prompt_cache(model, size, policy=policy, journal=0, **options)
+        options |= {"kv_bits": bits, "kv_group_size": group}
+    return options
+
+
+def new_cache(model: nn.Module, setting: Setting, **options: Any) -> list[Any]:
+    """Caches of a setting. options: others of `make_prompt_cache`."""
+    return make_prompt_cache(
+        model, setting.max_kv_size, **{**cache_options(setting), **options}
+    )
 
 
 def read(

@@ -12,10 +12,13 @@ from collections.abc import Callable, Sequence
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from ..errors import EvaluationError
 from .lines import Lines
+
+# What `kv_bits` has for keys and for values.
+Bits: TypeAlias = tuple[int | str, int | str]
 
 
 class Setting(NamedTuple):
@@ -26,7 +29,7 @@ class Setting(NamedTuple):
 
     policy: str
     max_kv_size: int | None
-    kv_bits: tuple[int, int] | None = None
+    kv_bits: Bits | None = None
     kv_group_size: int | None = None
 
     @classmethod
@@ -64,24 +67,28 @@ class Setting(NamedTuple):
 
 def settings(
     policies: Sequence[str],
-    sizes: Sequence[int],
-    quantised: Sequence[tuple[tuple[int, int], int]] = (),
+    sizes: Sequence[Any],
+    quantised: Sequence[tuple[Bits, int]] = (),
+    tokens: Callable[[Any, Setting], int] = lambda size, setting: size,
 ) -> list[Setting]:
-    """`full`, then every policy at every size (tokens), `tova` before the others.
+    """`full`, then every policy at every size, `tova` before the others.
 
     quantised: pairs of kv_bits and kv_group_size, in which each is there too, after
-    those of its size that are not; `full` only where `policies` has it.
+    those of its size that are not; `full` only where `policies` has it. tokens: how
+    many a size is in a setting.
     """
     named = list(dict.fromkeys(policies))
     bounded = sorted((p for p in named if p != "full"), key=lambda p: p != "tova")
     quantised = list(dict.fromkeys(quantised))
     full = [Setting("full", None, *how) for how in quantised if "full" in named]
-    return [Setting("full", None), *full] + [
-        Setting(policy, size, bits, group)
+    wanted = [
+        (size, Setting(policy, None, bits, group))
         for size in dict.fromkeys(sizes)
         for bits, group in [(None, None), *quantised]
         for policy in bounded
     ]
+    sized = [s._replace(max_kv_size=tokens(size, s)) for size, s in wanted]
+    return list(dict.fromkeys([Setting("full", None), *full, *sized]))
 
 
 def missing(

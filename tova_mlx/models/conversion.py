@@ -5,7 +5,9 @@ windows, state-space layers) is left alone.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from weakref import ref
@@ -19,10 +21,13 @@ from ..caches.options import JOURNAL, CacheOptions
 from ..caches.refusals import unseen
 from ..errors import TovaError, UnsupportedModelError
 from ..hooks import dispatcher
-from ..hooks.layers import leaves
+from ..hooks.layers import leaves, total
 from ..policies import Rule
+from ..storage.formats import Storage
+from .budget import STEP, Budget, Fit, fit, parse_size
+from .fitting import fitted
 from .known import REFUSED
-from .report import Report, describe, trace
+from .report import Report, bound, describe, trace
 
 # What a model bounds itself.
 _BOUNDED = (mlx_lm_cache.ArraysCache, mlx_lm_cache.RotatingKVCache)
@@ -30,7 +35,7 @@ _BOUNDED = (mlx_lm_cache.ArraysCache, mlx_lm_cache.RotatingKVCache)
 
 def make_prompt_cache(
     model: nn.Module,
-    max_kv_size: int | None,
+    max_kv_size: int | str | None,
     *,
     policy: str = "tova",
     prefill: str = "stepwise",
@@ -43,7 +48,9 @@ def make_prompt_cache(
 
     Args:
         model: a model that `mlx_lm.load` gave.
-        max_kv_size: tokens kept per layer; the policy `full` does not read it.
+        max_kv_size: tokens kept per layer; the policy `full` does not read it. Or bytes
+            that all layers' caches together may take, such as "2GB" or "512MiB", or
+            "auto", what the device can spare: `describe` says how many tokens that is.
         policy: a name in `POLICIES`.
         prefill: "stepwise" or "once", see PolicyKVCache.
         journal: newest tokens that can be taken back, see PolicyKVCache.
@@ -55,9 +62,11 @@ def make_prompt_cache(
         UnsupportedModelError: the model attends where we cannot see its queries, or
             does with its caches what a bounded one cannot be right with.
     """
-    made = CacheOptions.resolve(
+    made = _resolved(
+        model,
         max_kv_size,
-        policy,
+        1,
+        policy=policy,
         prefill=prefill,
         journal=journal,
         kv_bits=kv_bits,
@@ -74,12 +83,65 @@ def _checked(model: nn.Module, made: CacheOptions) -> list[Any]:
     """
     caches = _bounded(model, made)
     _check_model(model, made.rule, list(leaves(caches)))
-    if not made.storage.is_plain:
-        _check_quantised(model, _bounded(model, made))
-    return caches
+    if made.storage.is_plain:
+        return caches
+    _check_quantised(model, caches)
+    return _bounded(model, made, fitted(model, made.storage, _default_caches))
 
 
-def convert(model: nn.Module, max_kv_size: int | None, **options: Any) -> Report:
+def tokens_within(
+    model: nn.Module,
+    budget: Budget,
+    *,
+    parts: int = 1,
+    each: str = "conversations",
+    step: int = STEP,
+    **options: Any,
+) -> Fit:
+    """How many tokens per layer fit in a budget.
+
+    Args:
+        model: a model that `mlx_lm.load` gave.
+        budget: as `parse_size` gives it.
+        parts: how many sets of caches share the budget, and what each is, in words.
+        step: tokens of a prompt that are read at once.
+        options: as in `make_prompt_cache`.
+
+    Raises:
+        OptionError: too small for the policy, or a policy without a limit.
+    """
+
+    def made_for(tokens: int) -> CacheOptions:
+        return CacheOptions.resolve(tokens, **options)
+
+    most = partial(_most_bytes, model)
+    return fit(model, budget, made_for, most, parts=parts, each=each, step=step)
+
+
+def bytes_at_most(model: nn.Module, max_kv_size: int, **options: Any) -> int | None:
+    """Return the bytes that all caches of a model can reach; None: without limit.
+
+    options: as in `make_prompt_cache`. Raises OptionError.
+    """
+    return _most_bytes(model, CacheOptions.resolve(max_kv_size, **options))
+
+
+def _most_bytes(model: nn.Module, made: CacheOptions) -> int | None:
+    return total(bound(c) for c in trace(model, _bounded(model, made)))
+
+
+def _resolved(
+    model: nn.Module, max_kv_size: int | str | None, rows: int, **options: Any
+) -> CacheOptions:
+    size = parse_size(max_kv_size)
+    if isinstance(size, Budget):
+        size = tokens_within(model, size, parts=rows, **options).tokens
+    return CacheOptions.resolve(size, **options)
+
+
+def convert(
+    model: nn.Module, max_kv_size: int | str | None, *, rows: int = 1, **options: Any
+) -> Report:
     """Make mlx-lm's tools use bounded caches with this model.
 
     They ask `model.make_cache` for caches; this sets it. `revert` undoes it, a second
@@ -88,6 +150,7 @@ def convert(model: nn.Module, max_kv_size: int | None, **options: Any) -> Report
     Args:
         model: a model that `mlx_lm.load` gave.
         max_kv_size, options: as in `make_prompt_cache`.
+        rows: how many conversations share a limit in bytes: the rows of a batch.
 
     Returns:
         What each layer got, and the bytes that it can reach.
@@ -96,7 +159,7 @@ def convert(model: nn.Module, max_kv_size: int | None, **options: Any) -> Report
         OptionError, UnsupportedModelError: as in `make_prompt_cache`; the model is
             left as it was.
     """
-    made = CacheOptions.resolve(max_kv_size, **options)
+    made = _resolved(model, max_kv_size, rows, **options)
     _checked(model, made)
     model.make_cache = _Maker(model, made)
     return describe(model)
@@ -128,7 +191,8 @@ class _Maker:
         model = self._model()
         assert model is not None
         # What `convert` has checked is not checked for every request.
-        return _bounded(model, self.made)
+        storages = fitted(model, self.made.storage, _default_caches)
+        return _bounded(model, self.made, storages)
 
     def __deepcopy__(self, memo: Any) -> "_Maker":
         # Of a model that is copied: it makes caches for the copy.
@@ -154,13 +218,22 @@ def _default_caches(model: nn.Module) -> list[Any]:
     return mlx_lm_cache.make_prompt_cache(default)  # type: ignore[arg-type]
 
 
-def _bounded(model: nn.Module, made: CacheOptions) -> list[Any]:
-    """New caches, unchecked; those of layers that share keys know it."""
+def _bounded(
+    model: nn.Module, made: CacheOptions, storages: Sequence[Storage] = ()
+) -> list[Any]:
+    """New caches, unchecked; those of layers that share keys know it.
+
+    storages: of all caches, those in lists one by one, where they differ from `made`'s.
+    """
+    fitted_to = iter(storages)
 
     def bounded(cache: Any) -> Any:
         if type(cache) is mlx_lm_cache.CacheList:
             return mlx_lm_cache.CacheList(*map(bounded, cache.caches))
-        return new_cache(made) if type(cache) is mlx_lm_cache.KVCache else cache
+        storage = next(fitted_to, made.storage)
+        if type(cache) is not mlx_lm_cache.KVCache:
+            return cache
+        return new_cache(replace(made, storage=storage))
 
     caches = [bounded(c) for c in _default_caches(model)]
     layers: Any = model.layers

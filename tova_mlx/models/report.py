@@ -10,6 +10,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from ..caches.batch import BatchPolicyKVCache
 from ..caches.layer import PolicyKVCache
 from ..hooks.layers import leaves, total
+from ..storage.entries import nbytes
 from ..tables import table
 
 OURS = (PolicyKVCache, BatchPolicyKVCache)
@@ -78,11 +79,11 @@ def describe(cache_or_model: Any) -> Report:
     """
     if isinstance(cache_or_model, nn.Module):
         caches = mlx_lm_cache.make_prompt_cache(cache_or_model)
-        bounds = [_bound(c) for c in trace(cache_or_model, caches)]
+        bounds = [bound(c) for c in trace(cache_or_model, caches)]
         caches = mlx_lm_cache.make_prompt_cache(cache_or_model)
     else:
         caches = list(cache_or_model)
-        bounds = [_bound(c) for c in caches]
+        bounds = [bound(c) for c in caches]
     return Report(
         tuple(
             _row(i, c, b) for i, (c, b) in enumerate(zip(caches, bounds, strict=True))
@@ -98,13 +99,10 @@ def trace(model: nn.Module, caches: list[Any]) -> list[Any]:
 
 def bytes_per_token(caches: list[Any]) -> int:
     """Bytes that a token takes in unbounded caches of these shapes, all layers."""
-    total = 0
-    for c in leaves(caches):
-        keys, values = getattr(c, "keys", None), getattr(c, "values", None)
-        if isinstance(keys, mx.array) and isinstance(values, mx.array):
-            slots = keys.shape[2]
-            total += (keys.nbytes + values.nbytes) // slots
-    return total
+    entries: list[Any] = [
+        getattr(c, name, None) for c in leaves(caches) for name in ("keys", "values")
+    ]
+    return sum(nbytes(e) // e.shape[2] for e in entries if e is not None)
 
 
 def _row(layer: int, cache: Any, bound: int | None) -> Row:
@@ -127,9 +125,10 @@ def _seen(cache: Any) -> int:
     return int(offset.max()) if isinstance(offset, mx.array) else int(offset)
 
 
-def _bound(cache: Any) -> int | None:
+def bound(cache: Any) -> int | None:
+    """Return the bytes that a cache can reach; None: no limit, or not known yet."""
     if hasattr(cache, "caches"):
-        return total(map(_bound, cache.caches))
+        return total(map(bound, cache.caches))
     if cache.empty():
         return None
     if isinstance(cache, OURS):

@@ -8,11 +8,15 @@ from typing import Any, ClassVar, NamedTuple
 import mlx.core as mx
 
 from ..errors import OptionError
+from .format import Bits, Format
 
 # On the CPU MLX's quantised product takes 12 to 20 times as long as dequantising and a
 # plain product, unless it is of very few queries; then tiles of slots are dequantised.
 _FEW = 16
 _TILE = 256
+# Of scales and biases, whatever the model computes in: bfloat16 has too few digits to
+# say where a group begins, float32 would take twice the bytes for it.
+_SCALES = mx.float16
 
 
 class AffineEntries(NamedTuple):
@@ -44,17 +48,16 @@ class AffineEntries(NamedTuple):
             return self._tiled(left, transpose)
         return mx.quantized_matmul(
             left,
-            self.data,
-            self.scales.astype(mx.float32),
-            self.biases.astype(mx.float32),
+            *_in_float32(*self.arrays),
             transpose=transpose,
             group_size=self.group_size,
             bits=self.bits,
         )
 
     def _dequantized(self, *arrays: mx.array) -> mx.array:
-        plain = mx.dequantize(*arrays, group_size=self.group_size, bits=self.bits)
-        return plain.astype(mx.float32)
+        return mx.dequantize(
+            *_in_float32(*arrays), group_size=self.group_size, bits=self.bits
+        )
 
     def _tiled(self, left: mx.array, transpose: bool) -> mx.array:
         """The same product, a tile of slots dequantised at a time."""
@@ -71,23 +74,31 @@ class AffineEntries(NamedTuple):
         return functools.reduce(mx.add, parts)
 
 
+def _in_float32(data: mx.array, *scales: mx.array) -> tuple[mx.array, ...]:
+    return (data, *(a.astype(mx.float32) for a in scales))
+
+
 @dataclass(frozen=True)
-class Affine:
+class Affine(Format):
     """The format: how many bits a number, and how many numbers share a scale."""
 
-    choices: ClassVar[tuple[int | str, ...]] = (4, 8)
+    choices: ClassVar[tuple[Bits, ...]] = (4, 5, 6, 8)
     bits: int
     group_size: int
 
     @classmethod
-    def of(cls, choice: int, group_size: int) -> "Affine":
-        """So many bits."""
+    def of(cls, choice: int, group_size: int, constant: None = None) -> "Affine":
+        if constant is not None:
+            raise ValueError(f"{choice} bits have no constant")
         return cls(choice, group_size)
 
     @property
     def choice(self) -> int:
-        """The bits."""
         return self.bits
+
+    @property
+    def bits_per_number(self) -> float:
+        return self.bits + 2 * _SCALES.size * 8 / self.group_size
 
     def quantize(self, entries: mx.array) -> AffineEntries:
         if entries.shape[3] % self.group_size:
@@ -95,7 +106,9 @@ class Affine:
                 f"kv_group_size={self.group_size} does not divide rows of "
                 f"{entries.shape[3]}. Use 32, or leave kv_bits out."
             )
-        arrays = mx.quantize(entries, group_size=self.group_size, bits=self.bits)
+        arrays = mx.quantize(
+            entries.astype(_SCALES), group_size=self.group_size, bits=self.bits
+        )
         return AffineEntries(*arrays, self.bits, self.group_size)
 
     def from_state(self, arrays: Any) -> AffineEntries:

@@ -124,6 +124,8 @@ def write(entries: Any, new: Any, slot: mx.array) -> Any:
 
 
 def _write(array: mx.array, new: mx.array, slot: mx.array) -> mx.array:
+    # Scales of an old file may be of another type than those made now.
+    new = new.astype(array.dtype)
     if slot.size == 1:
         return mx.slice_update(array, new, slot.reshape(1), (2,))
     slot = slot.reshape(*slot.shape, *[1] * (new.ndim - 3))

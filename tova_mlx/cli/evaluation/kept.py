@@ -8,13 +8,14 @@ import click
 from ...evaluation.kinds import ENOUGH
 from ...tables import table
 from ..options import TEXT_FILE
-from .options import evaluation_options
+from .options import evaluation_options, quantised_options
 from .runner import Evaluation, begin, first_ids
 
 
 @click.command(short_help="Which tokens are kept")
 @click.argument("text", type=TEXT_FILE)
 @evaluation_options(sizes=(128, 512))
+@quantised_options
 @click.option(
     "--tokens",
     type=click.IntRange(min=2),
@@ -34,7 +35,7 @@ def kept(text: Path, as_json: bool, **options: Any) -> None:
     Example: tova-mlx eval kept novel.txt --policy tova --policy h2o
     --max-kv-size 256 --out results/kept
     """
-    loaded = begin(options, text)
+    loaded = begin(options, text, context=options["tokens"])
     from ...evaluation.kept import Kept, first_tokens, plot
     from ...evaluation.kinds import token_kinds
     from ...evaluation.results import Results
@@ -77,7 +78,9 @@ def _table(settings: list[list[dict[str, Any]]]) -> str:
 
 
 def _line(rows: list[dict[str, Any]]) -> tuple[object, ...]:
-    policy, size = rows[0]["policy"], rows[0]["max_kv_size"]
+    from ...evaluation.plots import line_of
+
+    policy, size = line_of(rows[0]), rows[0]["max_kv_size"]
     if size is None:
         return (policy, "", "", "", "", "everything is kept", "")
     shares = [row["value"] for row in rows]

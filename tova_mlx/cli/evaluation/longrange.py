@@ -100,15 +100,17 @@ def longrange(as_json: bool, **options: Any) -> None:
     examples = {name: _questions(name, options) for name in names if name != "story"}
     text = read_text(options["text"]) if "story" in names else ""
     path = directory(options["model"])
-    loaded = begin({**options, "model": path})
+    from ...evaluation.prompts import Prompts, trained_context
+
+    context = trained_context(path)
+    loaded = begin({**options, "model": path}, context=context)
     from ...evaluation.answers import Answers
     from ...evaluation.longrange import LongRange, plot
-    from ...evaluation.prompts import Prompts, trained_context
     from ...evaluation.results import Results
     from ...evaluation.tasks import load_story
 
     common, tokenizer = loaded.common, loaded.tokenizer
-    prompts = Prompts(tokenizer, common["model"], trained_context(path))
+    prompts = Prompts(tokenizer, common["model"], context)
     if text:
         how = (options["examples"], options["story_tokens"], tokenizer)
         examples["story"] = load_story(text, *how)

@@ -9,7 +9,7 @@ import click
 from ...tables import table
 from ..options import TEXT_FILE, Finite
 from .figures import pm
-from .options import evaluation_options
+from .options import evaluation_options, quantised_options
 from .runner import Evaluation, begin
 
 
@@ -21,6 +21,7 @@ from .runner import Evaluation, begin
     help="Text file that facts are hidden in, such as a novel.",
 )
 @evaluation_options(sizes=(256,))
+@quantised_options
 @click.option(
     "--length",
     "lengths",
@@ -68,7 +69,7 @@ def needle(text: Path, as_json: bool, **options: Any) -> None:
     Example: tova-mlx eval needle --text novel.txt --policy vatp --policy tova
     --max-kv-size 256 --length 1024 --out results/needle
     """
-    loaded = begin(options, text)
+    loaded = begin(options, text, context=max(options["lengths"]))
     from ...evaluation import needle as task
     from ...evaluation.asking import check_template
     from ...evaluation.haystack import Cell, Haystack, draw
@@ -103,9 +104,11 @@ def needle(text: Path, as_json: bool, **options: Any) -> None:
 
 
 def _table(means: list[dict[str, Any]]) -> str:
+    from ...evaluation.plots import line_of
+
     lines = [
         (
-            row["policy"],
+            line_of(row),
             row["max_kv_size"],
             row["kind"],
             f"{row['value']:.2f}",

@@ -1,17 +1,35 @@
 """Options that the evaluations share."""
 
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from ...policies import POLICIES
-from ..options import KVBits, UserPath, check_policy, model_option
+from ..options import KVBits, KVSize, UserPath, check_policy, model_option
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 BOUNDED = tuple(name for name in POLICIES if name != "full")
+
+
+class EvaluatedSize(KVSize):
+    """Also a share of the bytes that the full cache takes."""
+
+    name = "TOKENS|BYTES|SHARE"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if not isinstance(value, str) or "/" not in value:
+            return super().convert(value, param, ctx)
+        try:
+            share = Fraction(value)
+        except (ValueError, ZeroDivisionError):
+            share = Fraction(0)
+        if not 0 < share <= 1:
+            self.fail(f"{value} is no share such as 1/8.", param, ctx)
+        return share
 
 
 def evaluation_options(sizes: tuple[int, ...]) -> Callable[[F], F]:
@@ -33,11 +51,13 @@ def evaluation_options(sizes: tuple[int, ...]) -> Callable[[F], F]:
                 click.option(
                     "--max-kv-size",
                     "sizes",
-                    type=click.IntRange(min=1),
+                    type=EvaluatedSize(),
                     multiple=True,
                     default=sizes,
                     show_default=True,
-                    help="Tokens kept per layer; may be given several times.",
+                    help="Tokens kept per layer; bytes of all caches, such as 64MB, or "
+                    "a share of what full takes, such as 1/8, in half precision; may "
+                    "be given several times.",
                 ),
                 click.option(
                     "--prefill-step-size",
@@ -80,8 +100,9 @@ def quantised_options(command: F) -> F:
                 "--kv-bits",
                 type=KVBits(),
                 multiple=True,
-                help="Quantised keys and values, too: 4, 8, or a pair like 8,4; may be "
-                "given several times. All is measured unquantised as well.",
+                help="Quantised keys and values, too: 4, 5, 6 or 8, or a pair like "
+                "6h,4; may be given several times. All is measured unquantised as "
+                "well.",
             ),
             click.option(
                 "--kv-group-size",
@@ -97,12 +118,17 @@ def quantised_options(command: F) -> F:
     return command
 
 
-def quantised(options: dict[str, Any]) -> list[tuple[tuple[int, int], int]]:
+def quantised(options: dict[str, Any]) -> list[tuple[Any, int]]:
     """Pair the bits with the sizes of groups. Raises UsageError: sizes without bits."""
     bits, groups = options.get("kv_bits", ()), options.get("kv_group_sizes", ())
     if groups and not bits:
         raise click.UsageError("--kv-group-size does nothing without --kv-bits.")
-    pairs = [(b, b) if isinstance(b, int) else b for b in bits]
+    if not bits:
+        return []
+    # Not before: it imports MLX.
+    from ...storage.formats import storage_for
+
+    pairs = [storage_for(b, 64).options()["kv_bits"] for b in bits]
     return [(pair, int(n)) for pair in pairs for n in groups or (64,)]
 
 

@@ -40,7 +40,7 @@ def perplexity(text: Path, as_json: bool, **options: Any) -> None:
     Example: tova-mlx eval perplexity novel.txt --policy tova --policy fade
     --max-kv-size 256 --max-kv-size 512 --out results/novel
     """
-    loaded = begin(options, text)
+    loaded = begin(options, text, context=options["context"])
     from ...evaluation.perplexity import Perplexity, cut, plot
     from ...evaluation.results import Results
 

@@ -6,13 +6,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from ...errors import OptionError
 from ...evaluation.lines import read_text
+from ..options import in_options
 from .options import check_settings, quantised
 
 if TYPE_CHECKING:
@@ -34,8 +37,12 @@ class Loaded(NamedTuple):
     text: str
 
 
-def begin(options: dict[str, Any], text: Path | None = None) -> Loaded:
+def begin(
+    options: dict[str, Any], text: Path | None = None, *, context: int | None
+) -> Loaded:
     """Read the text if there is one, and load the model of `evaluation_options`.
+
+    context: most tokens that a cache will see, None if not known.
 
     Raises UsageError, EvaluationError, ModelLoadError.
     """
@@ -46,6 +53,7 @@ def begin(options: dict[str, Any], text: Path | None = None) -> Loaded:
         written = read_text(text)
         digest = sha256(written.encode()).hexdigest()[:16]
         common = {"text": text.stem, "text_sha256": digest}
+    from ...evaluation.budgets import tokens_kept
     from ...evaluation.plots import pyplot
     from ...evaluation.results import provenance, settings
     from ..models import load
@@ -64,7 +72,13 @@ def begin(options: dict[str, Any], text: Path | None = None) -> Loaded:
         "prefill_step_size": options["prefill_step_size"],
         **common,
     }
-    wanted = settings(options["policies"], options["sizes"], quantised(options))
+    tokens = partial(tokens_kept, model, context=context)
+    try:
+        wanted = settings(
+            options["policies"], options["sizes"], quantised(options), tokens
+        )
+    except OptionError as error:
+        raise click.UsageError(in_options(str(error))) from error
     return Loaded(model, tokenizer, common, wanted, written)
 
 

@@ -1,0 +1,125 @@
+"""A server with a budget in bytes: what its process takes while many clients ask.
+
+    python scripts/check_server_budget.py [--budget 64MB] [--clients 8] [--rounds 6]
+
+Starts `tova-mlx serve --max-kv-size BUDGET` on the demo model. Every client has a
+conversation of its own whose turns are longer than the limit, so that caches and stored
+prompts fill up. Printed: resident bytes by round, and how far they rose above those
+after one warm-up round of a single client. The last line is JSON.
+"""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from common import ROOT, provenance
+
+from tova_mlx.models.demo import demo_model_path
+
+EXCERPT = (ROOT / "scripts/moby_dick_excerpt.txt").read_text(encoding="utf-8")
+# Characters of a turn: some 400 tokens.
+TURN = 1600
+
+
+def resident(pid: int) -> int:
+    """Bytes of a process that are in memory."""
+    command = ["ps", "-o", "rss=", "-p", str(pid)]
+    return 1024 * int(subprocess.run(command, capture_output=True, check=True).stdout)
+
+
+def ask(port: int, messages: list[dict[str, str]]) -> str:
+    """One answer of a server, greedily."""
+    body = {
+        "model": "default_model",
+        "messages": messages,
+        "max_tokens": 16,
+        "temperature": 0,
+    }
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)["choices"][0]["message"]["content"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--budget", default="64MB")
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--kv-bits")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tova_mlx", "serve", "--port", str(port)]
+    command += ["--model", str(demo_model_path()), "--max-kv-size", args.budget]
+    command += ["--prefill-step-size", "256", "--log-level", "ERROR"]
+    command += ["--kv-bits", args.kv_bits] if args.kv_bits else []
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
+    try:
+        for line in server.stderr:
+            print(line.rstrip(), flush=True)
+            if "tokens per layer" in line:
+                said = line.strip()
+                break
+        threading.Thread(target=server.stderr.read, daemon=True).start()
+        for _ in range(600):
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        talks: list[list[dict[str, str]]] = [[] for _ in range(args.clients)]
+
+        def turn(client: int) -> None:
+            talk = talks[client]
+            start = (client * 5003 + len(talk) * 977) % (len(EXCERPT) - TURN)
+            talk.append({"role": "user", "content": EXCERPT[start : start + TURN]})
+            talk.append({"role": "assistant", "content": ask(port, talk)})
+
+        turn(0)
+        before = resident(server.pid)
+        most, rounds = before, []
+        for number in range(args.rounds):
+            with ThreadPoolExecutor(args.clients) as pool:
+                running = [pool.submit(turn, i) for i in range(args.clients)]
+                while not all(f.done() for f in running):
+                    most = max(most, resident(server.pid))
+                    time.sleep(0.05)
+                for future in running:
+                    future.result()
+            rounds.append(resident(server.pid))
+            print(f"round {number + 1}: {rounds[-1] / 1e6:.0f} MB", flush=True)
+    finally:
+        server.send_signal(signal.SIGKILL if os.name == "nt" else signal.SIGINT)
+        server.wait()
+    report = {
+        "budget": args.budget,
+        "said": said,
+        "clients": args.clients,
+        "resident_before": before,
+        "resident_most": most,
+        "resident_by_round": rounds,
+        **provenance(),
+    }
+    if args.out is not None:
+        args.out.write_text(json.dumps(report) + "\n", encoding="utf-8")
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
