@@ -34,22 +34,34 @@ def quality() -> str:
     return "\n".join(lines)
 
 
-def packed() -> str:
-    """Markdown: the change that quantised slots make to the same policy."""
-    rows = _rows("quality_packed.jsonl")
-    found = {}
+def bits() -> str:
+    """Markdown: what fewer bits change for the same policy, on each model and text."""
+    rows = [r for path in _bits_paths() for r in _rows(f"{path}/results.jsonl")]
+    found: dict[tuple, dict] = {}
     for row in rows:
-        keys, values = row["kv_bits"]
-        bits = f"{keys}" if keys == values else f"{keys}, {values}"
-        kept = f"{bits} bits, groups of {row['kv_group_size']}"
-        found.setdefault(kept, {})[row["policy"], row["text"]] = row
-    heads = sorted({key for cells in found.values() for key in cells}, reverse=True)
-    names = [f"`{policy}`, {text.replace('_', ' ')}" for policy, text in heads]
-    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(heads) + 1) + "|"]
-    for kept, cells in found.items():
-        changes = [_change(cells[key], "ratio_to_plain") for key in heads]
-        lines.append(f"| {kept} | " + " | ".join(changes) + " |")
+        if row["max_kv_size"] is not None:
+            line = found.setdefault((row["model"], row["text"], row["policy"]), {})
+            line[tuple(row["kv_bits"]) if "kv_bits" in row else None] = row
+    storages = list(dict.fromkeys(s for line in found.values() for s in line if s))
+    heads = [",".join(map(str, storage)) for storage in storages]
+    lines = ["| model, text | policy | as they come | " + " | ".join(heads) + " |"]
+    lines.append("|---" * (len(heads) + 3) + "|")
+    for (model, text, policy), line in found.items():
+        cells = [
+            _change(line[s], "ratio_to_plain", "ratio_to_plain_stderr")
+            for s in storages
+        ]
+        plain = pm(line[None]["value"], line[None]["stderr"], 2)
+        lines.append(
+            f"| {model.split('-')[0]}, {text.replace('_', ' ')} | `{policy}` | {plain} "
+            "| " + " | ".join(cells) + " |"
+        )
     return "\n".join(lines)
+
+
+def _bits_paths() -> list[str]:
+    paths = sorted((RESULTS / "bits").glob("*/results.jsonl"))
+    return [str(path.parent.relative_to(RESULTS)) for path in paths]
 
 
 def perplexity() -> str:
@@ -181,7 +193,7 @@ def _change(row: dict, ratio: str, error: str = "ratio_stderr") -> str:
 TABLES = {
     "short": short,
     "quality": quality,
-    "packed": packed,
+    "bits": bits,
     "perplexity": perplexity,
     "needle": needle,
     "longrange": longrange,

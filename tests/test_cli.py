@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import mlx_lm
@@ -360,3 +361,84 @@ def test_ctrl_c_keeps_the_text_and_the_statistics(demo_path):
     assert (first + rest).strip()
     assert b"tokens seen:" in statistics
     assert b"Traceback" not in statistics
+
+
+NO_BUDGETS = [
+    ("0", "0 is not in the range x>=1"),
+    ("-1GB", "'-1GB' is not a size. Use a number of tokens, bytes such as 2GB"),
+    ("3 parsecs", "'3 parsecs' is not a size"),
+    ("9999TB", "'9999TB' is more than the"),
+    ("1kB", "--max-kv-size 1kB is too small: tova needs at least"),
+    ("0GB", "--max-kv-size 0GB is too small: tova needs at least"),
+]
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize(("size", "said"), NO_BUDGETS)
+@pytest.mark.parametrize("command", ["generate", "chat", "info", "run", "eval"])
+def test_a_budget_that_cannot_be_is_one_line(small_path, tmp_path, command, size, said):
+    model = ("--model", str(small_path), "--max-kv-size", size)
+    text = str(Path(__file__).parents[1] / "scripts/moby_dick_excerpt.txt")
+    arguments = {
+        "generate": ("generate", "x", *model),
+        "chat": ("chat", *model),
+        "info": ("info", *model),
+        "run": ("run", *model[2:], "generate", *model[:2], "--prompt", "x"),
+        "eval": ("eval", "perplexity", text, *model, "--out", str(tmp_path / "o")),
+    }
+    result = run(*arguments[command], input="")
+    assert result.exit_code == 2, result.stderr
+    assert result.stdout == ""
+    last = result.stderr.splitlines()[-1]
+    assert said in last.replace("fade", "tova").replace("window", "tova")
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.real_model
+def test_info_says_what_a_budget_holds_with_fewer_bits(small_path):
+    result = run("info", "--model", str(small_path), "--max-kv-size", "40MB")
+    assert result.exit_code == 0, result.stderr
+    assert "--max-kv-size 40MB: " in result.stderr
+    lines = result.stdout.splitlines()
+    first = lines.index("Per layer within 40MB:")
+    rows = [line.split() for line in lines[first + 2 :]]
+    assert [row[0] for row in rows] == ["none", "8", "6", "5", "4"]
+    tokens = [
+        int(re.search(r" (\d[\d,]{2,})\b", line)[1].replace(",", ""))
+        for line in lines[first + 2 :]
+    ]
+    assert tokens == sorted(tokens)
+    # 512 numbers of 32 bits against 8.5 and 5.5.
+    assert 3 < tokens[1] / tokens[0] < 1.02 * 32 / 8.5
+    assert 5 < tokens[4] / tokens[0] < 1.02 * 32 / 5.5
+    told = json.loads(
+        run(
+            "info", "--model", str(small_path), "--max-kv-size", "40MB", "--json"
+        ).stdout
+    )
+    assert [choice["tokens"] for choice in told["choices"]] == tokens
+    assert told["max_kv_size"] == tokens[0]
+    assert 0.99 * 40e6 < told["totals"]["bytes_at_most"] <= 40e6
+    plain = json.loads(run("info", "--model", str(small_path), "--json").stdout)
+    assert "choices" not in plain
+
+
+@pytest.mark.real_model
+def test_a_budget_is_said_and_kept(small_path):
+    command = (
+        "generate",
+        "word " * 4000,
+        "--model",
+        str(small_path),
+        "--max-tokens",
+        "4",
+    )
+    for bits in ((), ("--kv-bits", "4")):
+        result = run(
+            *command, "--max-kv-size", "20MB", *bits, "--json", "--no-chat-template"
+        )
+        assert result.exit_code == 0, result.stderr
+        assert "--max-kv-size 20MB: " in result.stderr
+        assert 0.9 * 20e6 < json.loads(result.stdout)["cache_bytes"] <= 20e6
+    auto = run(*command, "--max-kv-size", "auto", "--no-chat-template")
+    assert "--max-kv-size auto: 90 % of (" in auto.stderr

@@ -1,5 +1,6 @@
 """What the documentation shows runs, and its figures are those of the results."""
 
+import json
 import os
 import re
 import shlex
@@ -15,6 +16,7 @@ from test_serve import serving
 
 from tova_mlx import POLICIES, revert
 from tova_mlx.cli import main
+from tova_mlx.storage.formats import BEST, CHANGES
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -156,3 +158,18 @@ def test_completion_knows_the_commands():
 def test_there_are_programs_and_commands():
     assert {"README.md", "docs/guide.md"} <= set(map(name_of, PROGRAMS))
     assert len(COMMANDS) >= 10
+
+
+def test_what_fewer_bits_are_said_to_cost_is_what_the_rows_say():
+    found = {}
+    for path in (ROOT / "results/bits").glob("*/results.jsonl"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if "kv_bits" in row and row["max_kv_size"] is not None:
+                change = 100 * (row["ratio_to_plain"] - 1)
+                found.setdefault(tuple(row["kv_bits"]), []).append(change)
+    for bits, (least, most) in CHANGES.items():
+        changes = found[BEST[bits]]
+        # Two models, two novels, two policies.
+        assert len(changes) == 8
+        assert (least, most) == (round(min(changes), 1), round(max(changes), 1))

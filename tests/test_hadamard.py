@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import tiny
 from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models import llama
 
 from tova_mlx import (
     PolicyKVCache,
     TOVACache,
     convert,
+    describe,
     load_prompt_cache,
     make_prompt_cache,
     save_prompt_cache,
@@ -203,13 +205,16 @@ def test_what_is_quantised_on_the_way_is_centred_on_what_is_held(model):
     "constant",
     [
         "2",
-        "2:!",
-        "2:AAA",
-        "3:AAAAAAAA",
-        "x:AAAA",
-        Center(np.full((2, 32), np.inf)).text,
-        Center(np.zeros((2, 16))).text,
-        Center(np.zeros((1, 32))).text,
+        "6:2:!",
+        "6:2:AAA",
+        "6:3:AAAAAAAA",
+        "6:x:AAAA",
+        "6:" + Center(np.full((2, 32), np.inf)).text,
+        "6:" + Center(np.zeros((2, 16))).text,
+        "6:" + Center(np.zeros((1, 32))).text,
+        "8:" + Center(np.zeros((2, 32))).text,
+        "5:" + Center(np.zeros((2, 32))).text,
+        Center(np.zeros((2, 32))).text,
         5,
         ["2"],
     ],
@@ -247,3 +252,49 @@ def test_a_cache_of_before_loads_and_goes_on(model):
     # And joins a batch with one made now.
     batch = [a.merge([a, b]) for a, b in zip(old, caches, strict=True)]
     tiny.feed(model, tiny.tokens(3, batch=2), batch, 1)
+
+
+def test_a_layer_far_noisier_than_the_others_gets_more_bits():
+    """As the first of Qwen2.5's: its queries and keys are large."""
+    mx.random.seed(7)
+    how = {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "num_hidden_layers": 12,
+        "intermediate_size": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": tiny.VOCABULARY,
+    }
+    model = llama.Model(llama.ModelArgs.from_dict(how))
+
+    def widths(bits):
+        caches = make_prompt_cache(model, LIMIT, kv_bits=bits, kv_group_size=32)
+        assert {c.options.storage.keys.choice for c in caches} == {f"{bits[0]}"}
+        return [c.options.storage.keys.affine.bits for c in caches], caches
+
+    assert widths(("6h", 4))[0] == [6] * 12
+    for i in (2, 7, 9):
+        layer = model.layers[i].self_attn
+        layer.q_proj.weight = layer.q_proj.weight * (4 + i)
+        layer.k_proj.weight = layer.k_proj.weight * 3
+    twin = llama.Model(llama.ModelArgs.from_dict(how))
+    twin.update(model.parameters())
+    model = twin
+    # One of ten, and the noisiest.
+    got, caches = widths(("6h", 4))
+    assert got == [6] * 9 + [8] + [6] * 2
+    assert widths(("4h", 4))[0] == [4] * 9 + [8] + [4] * 2
+    assert widths(("8h", 8))[0] == [8] * 12
+    tiny.feed(model, tiny.tokens(30), caches, 30)
+    wide, narrow = caches[9], caches[8]
+    # Codes of 32 numbers by two bits each, for two heads and 29 slots.
+    assert wide.nbytes - narrow.nbytes == 2 * 32 * 2 // 8 * (LIMIT + 1 + 16)
+    assert describe(caches).totals["bytes_now"] == sum(c.nbytes for c in caches)
+    again = type(wide).from_state(wide.state)
+    assert again.options.storage == wide.options.storage
+    more = make_prompt_cache(model, "60kB", kv_bits=("6h", 4), kv_group_size=32)
+    tiny.feed(model, tiny.tokens(300), more, 100)
+    assert 54_000 < sum(c.nbytes for c in more) <= 60_000

@@ -20,6 +20,9 @@ from ..models.report import bytes_per_token, trace
 from .reading import cache_options
 from .results import Setting
 
+# A size that every policy takes.
+_ANY = 2**20
+
 
 def tokens_kept(
     model: nn.Module, size: Any, setting: Setting, *, context: int | None
@@ -31,7 +34,8 @@ def tokens_kept(
     """
     if isinstance(size, int):
         return size
-    with in_half_precision(model):
+    options = cache_options(setting)
+    with _in_half_precision(model, options):
         if isinstance(size, Fraction):
             if context is None:
                 raise OptionError(
@@ -41,13 +45,13 @@ def tokens_kept(
                 )
             full = context * bytes_per_token(trace(model, make_default(model)))
             size = Budget(str(size), int(size * full))
-        return tokens_within(model, size, **cache_options(setting)).tokens
+        return tokens_within(model, size, **options).tokens
 
 
 def cache_bytes(model: nn.Module, setting: Setting, context: int) -> int:
     """Return the bytes that a setting's caches can reach within `context` tokens."""
     size, options = setting.max_kv_size, cache_options(setting)
-    with in_half_precision(model):
+    with _in_half_precision(model, options):
         if size is None:
             caches = make_prompt_cache(model, None, **options)
             return context * bytes_per_token(trace(model, caches))
@@ -57,8 +61,13 @@ def cache_bytes(model: nn.Module, setting: Setting, context: int) -> int:
 
 
 @contextmanager
-def in_half_precision(model: nn.Module) -> Iterator[None]:
-    """Let a model that is traced make half-precision keys and values."""
+def _in_half_precision(model: nn.Module, options: dict[str, Any]) -> Iterator[None]:
+    """Let a model that is traced make half-precision keys and values.
+
+    options: of the caches that will be traced.
+    """
+    # Quantised ones are fitted to what the model computes, in its own type.
+    make_prompt_cache(model, _ANY, **options)
     parameters = model.parameters()
     model.set_dtype(mx.float16)
     try:

@@ -127,7 +127,7 @@ def bytes_at_most(model: nn.Module, max_kv_size: int, **options: Any) -> int | N
 
 
 def _most_bytes(model: nn.Module, made: CacheOptions) -> int | None:
-    return total(bound(c) for c in trace(model, _bounded(model, made)))
+    return total(bound(c) for c in trace(model, _checked(model, made)))
 
 
 def _resolved(

@@ -41,6 +41,10 @@ class Format:
         """Return the same format, fitted to entries such as it will be given."""
         return self
 
+    def widened(self) -> "Format":
+        """Return one of the same kind with more bits, for a layer that needs them."""
+        return self
+
     def quantize(self, entries: mx.array) -> Quantized:
         """Return entries [B, n_kv_heads, S, head_dim]. Raises OptionError."""
         raise NotImplementedError

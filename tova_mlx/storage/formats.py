@@ -55,6 +55,10 @@ class Storage(NamedTuple):
             self.keys.fitted(keys), self.values.fitted(values), self.group_size
         )
 
+    def widened(self) -> "Storage":
+        """Return more bits for keys, by which all values are weighed."""
+        return self._replace(keys=self.keys and self.keys.widened())
+
     def store(self, keys: mx.array, values: mx.array) -> tuple[Entries, Entries]:
         """Return keys and values in their formats."""
         return _stored(self.keys, keys), _stored(self.values, values)

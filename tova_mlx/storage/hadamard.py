@@ -9,7 +9,7 @@ a Hadamard transform spreads each number over all channels, as in QuaRot (arXiv
 
 import base64
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import mlx.core as mx
@@ -20,6 +20,8 @@ from .format import Bits, Format
 
 # Keys at the beginning that a mean leaves out: attention sinks are unlike all others.
 _SINKS = 1
+# Bits of layers that need more than the others.
+_WIDE = 8
 
 
 class Center:
@@ -119,10 +121,14 @@ class HadamardEntries(NamedTuple):
 
 @dataclass(frozen=True)
 class Hadamard(Format):
-    """The format: that of the turned keys, and what is taken off them before."""
+    """The format: that of the turned keys, and what is taken off them before.
+
+    bits: what was asked for; `affine` may have more, see `widened`.
+    """
 
     choices: ClassVar[tuple[Bits, ...]] = ("4h", "5h", "6h", "8h")
     fits: ClassVar[bool] = True
+    bits: int
     affine: Affine
     center: Center | None = None
 
@@ -130,12 +136,18 @@ class Hadamard(Format):
     def of(
         cls, choice: str, group_size: int, constant: str | None = None
     ) -> "Hadamard":
-        center = None if constant is None else Center.of_text(constant)
-        return cls(Affine(int(choice[0]), group_size), center)
+        bits = int(choice[0])
+        made = cls(bits, Affine(bits, group_size))
+        if constant is None:
+            return made
+        wide, _, text = constant.partition(":")
+        if wide not in (str(bits), str(_WIDE)):
+            raise ValueError(f"keys of {wide} bits for {choice}")
+        return cls(bits, Affine(int(wide), group_size), Center.of_text(text))
 
     @property
     def choice(self) -> str:
-        return f"{self.affine.bits}h"
+        return f"{self.bits}h"
 
     @property
     def bits_per_number(self) -> float:
@@ -143,14 +155,17 @@ class Hadamard(Format):
 
     @property
     def constant(self) -> str | None:
-        return None if self.center is None else self.center.text
+        return self.center and f"{self.affine.bits}:{self.center.text}"
 
     def fitted(self, entries: mx.array) -> "Hadamard":
         """Take off the mean of these keys [1, n_kv_heads, S, head_dim] from now on."""
         if entries.shape[2] <= _SINKS:
             return self
         mean = entries[0, :, _SINKS:].astype(mx.float32).mean(axis=1)
-        return Hadamard(self.affine, Center(np.array(mean)))
+        return replace(self, center=Center(np.array(mean)))
+
+    def widened(self) -> "Hadamard":
+        return replace(self, affine=replace(self.affine, bits=_WIDE))
 
     def quantize(self, entries: mx.array) -> HadamardEntries:
         entries = entries.astype(mx.float32)

@@ -64,7 +64,8 @@ def evaluation_options(sizes: tuple[int, ...]) -> Callable[[F], F]:
                     type=click.IntRange(min=1),
                     default=256,
                     show_default=True,
-                    help="Tokens read per step; the result does not depend on it.",
+                    help="Tokens read per step; the result does not depend on it, with "
+                    "--kv-bits but for what rounding decides.",
                 ),
                 click.option(
                     "--seed",
