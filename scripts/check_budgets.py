@@ -20,7 +20,7 @@ from mlx_lm.models import llama
 
 from tova_mlx import POLICIES, OptionError, make_prompt_cache
 
-BITS = [None, 8, 6, 5, 4, (8, 4), (4, 4)]
+BITS = [None, 8, 6, 5, 4, (4, 4)]
 # From a few dozen tokens to a third of the text.
 BUDGETS = [f"{n}{unit}" for n in (150, 250, 400, 700, 1000) for unit in ("kB", "KiB")]
 STEP = 1024

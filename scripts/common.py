@@ -19,7 +19,7 @@ PAGES = {
     "policies": "docs/policies.md",
     "models": "docs/models.md",
     **dict.fromkeys(
-        ("quality", "bits", "perplexity", "needle", "longrange", "kept"),
+        ("quality", "bits", "bytes", "perplexity", "needle", "longrange", "kept"),
         "docs/results.md",
     ),
 }

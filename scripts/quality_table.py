@@ -36,7 +36,7 @@ def quality() -> str:
 
 def bits() -> str:
     """Markdown: what fewer bits change for the same policy, on each model and text."""
-    rows = [r for path in _bits_paths() for r in _rows(f"{path}/results.jsonl")]
+    rows = _of_models("bits")
     found: dict[tuple, dict] = {}
     for row in rows:
         if row["max_kv_size"] is not None:
@@ -59,9 +59,38 @@ def bits() -> str:
     return "\n".join(lines)
 
 
-def _bits_paths() -> list[str]:
-    paths = sorted((RESULTS / "bits").glob("*/results.jsonl"))
-    return [str(path.parent.relative_to(RESULTS)) for path in paths]
+def by_bytes() -> str:
+    """Markdown: the change against full at shares of its bytes, with fewer bits."""
+    found: dict[tuple, dict] = {}
+    for row in _of_models("bytes"):
+        if row["max_kv_size"] is None:
+            full = row["cache_bytes"]
+            continue
+        share = round(full / row["cache_bytes"])
+        line = found.setdefault((row["model"], row["policy"], share), {})
+        line[",".join(map(str, row.get("kv_bits", ["as they come"])))] = row
+    heads = list(dict.fromkeys(name for line in found.values() for name in line))
+    lines = ["| model, policy | bytes | " + " | ".join(heads) + " |"]
+    lines.append("|---" * (len(heads) + 2) + "|")
+    for (model, policy, share), line in found.items():
+        best = min(line, key=lambda name: line[name]["value"])
+        cells = []
+        for name in heads:
+            mark = "**" if name == best else ""
+            changed = _change(line[name], *_TO_FULL)
+            cells.append(f"{mark}{changed}{mark}, {line[name]['max_kv_size']} tokens")
+        lines.append(
+            f"| {model.split('-')[0]}, `{policy}` | 1/{share} | "
+            + " | ".join(cells)
+            + " |"
+        )
+    return "\n".join(lines)
+
+
+def _of_models(name: str) -> list[dict]:
+    """The rows of all models that have a directory of their own."""
+    paths = sorted((RESULTS / name).glob("*/results.jsonl"))
+    return [row for path in paths for row in _rows(str(path.relative_to(RESULTS)))]
 
 
 def perplexity() -> str:
@@ -194,6 +223,7 @@ TABLES = {
     "short": short,
     "quality": quality,
     "bits": bits,
+    "bytes": by_bytes,
     "perplexity": perplexity,
     "needle": needle,
     "longrange": longrange,

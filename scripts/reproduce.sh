@@ -29,14 +29,17 @@ $tova eval longrange --qasper "$qasper" --documents 6 --examples 99 \
 # An eighth of the context first.
 $tova eval perplexity "$moby_dick" --max-kv-size 256 --max-kv-size 64 \
     --max-kv-size 1024 --max-kv-size 512 --max-kv-size 128 --out "$out/perplexity"
-# Fewer bits, on two models.
+# Fewer bits, and what they are worth at equal bytes, on two models.
 qwen=$(.venv/bin/python scripts/prepare_demo_model.py --model qwen2.5-0.5b | tail -n 1)
 for model in demo "$qwen"; do
+    name=SmolLM2-135M-Instruct
+    [ "$model" = demo ] || name=$(basename "$qwen")
     for text in "$persuasion" "$moby_dick"; do
-        name=SmolLM2-135M-Instruct
-        [ "$model" = demo ] || name=$(basename "$qwen")
         $tova eval perplexity "$text" --model "$model" --tokens 4096 --context 4096 \
             --policy fade --policy tova --max-kv-size 512 \
             --kv-bits 4 --kv-bits 8 --kv-bits 4,4 --out "$out/bits/$name"
     done
+    $tova eval perplexity "$persuasion" --model "$model" --tokens 2048 \
+        --policy fade --max-kv-size 1/4 --max-kv-size 1/8 --max-kv-size 1/16 \
+        --max-kv-size 1/32 --kv-bits 4 --kv-bits 8 --out "$out/bytes/$name"
 done

@@ -311,7 +311,7 @@ def test_eight_clients_and_what_is_stored_stay_within_a_budget(small_path, bits)
 def test_a_budget_that_cannot_be_shared_is_a_usage_error(small_path):
     command = [sys.executable, "-m", "tova_mlx", "serve", "--model", str(small_path)]
     for size, said in (
-        ("100kB", "is too small for each of 10 parts"),
+        ("100kB", "is too small for each of 15 parts"),
         ("1XB", "is not"),
     ):
         done = subprocess.run(

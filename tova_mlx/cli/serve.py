@@ -60,7 +60,6 @@ def serve(
     _make_hub_cache()
     unlimited = options["policy"] == "full"
     most_drafts = None if unlimited else max(JOURNAL, num_draft_tokens)
-    # Half of a budget is for the conversations that are answered, half for those kept.
     shared = _Shared(arguments, options["max_kv_size"])
     ours = {
         "LRUPromptCache": lambda n: PromptStore(n, max_bytes=shared.stored_bytes),
@@ -84,9 +83,9 @@ def serve(
                 [*given, *arguments],
                 options,
                 num_draft_tokens=num_draft_tokens,
-                parts=2 * shared.rows,
+                parts=_SHARES * shared.rows,
                 each=f"parts ({shared.rows} conversations at once, as much for stored "
-                "ones)",
+                "ones and for copies)",
                 budgeted=shared.budgeted,
             )
         leave(0)
@@ -107,6 +106,11 @@ def serve(
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+# Of a budget: the conversations that are read or answered, those that are stored, and
+# copies while one joins a batch, leaves it or is stored.
+_SHARES = 3
 
 
 class _Shared:
@@ -137,7 +141,7 @@ class _Shared:
         self.rows = max(1, decoded + known.prompt_concurrency)
 
     def budgeted(self, nbytes: int) -> None:
-        self.stored_bytes = nbytes // 2
+        self.stored_bytes = nbytes // _SHARES
 
 
 def _make_hub_cache() -> None:

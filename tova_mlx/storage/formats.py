@@ -27,7 +27,7 @@ BEST: dict[int, tuple[Bits, Bits]] = {
 
 # By how many percent they change the perplexity, from – to: two models, two novels,
 # fade and tova at 512 of 4,096 tokens (results/bits). A test holds them to the rows.
-CHANGES: dict[int, tuple[float, float]] = {4: (0.0, 0.0), 8: (0.0, 0.0)}
+CHANGES: dict[int, tuple[float, float]] = {4: (0.0, 1.6), 8: (-0.2, 0.4)}
 
 
 class Storage(NamedTuple):
