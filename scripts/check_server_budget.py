@@ -4,8 +4,10 @@
 
 Starts `tova-mlx serve --max-kv-size BUDGET` on the demo model. Every client has a
 conversation of its own whose turns are longer than the limit, so that caches and stored
-prompts fill up. Printed: resident bytes by round, and how far they rose above those
-after one warm-up round of a single client. The last line is JSON.
+prompts fill up. Printed: the most bytes that all arrays of all caches had at a moment,
+as a thread in the server counts them 20 times a second, copies included; resident bytes
+by round, and how far they rose above those after one answer to one client. Ends with 1
+if the caches had more than the budget. The last line is JSON.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -23,9 +26,45 @@ from pathlib import Path
 
 from common import ROOT, provenance
 
+from tova_mlx.models.budget import parse_size
 from tova_mlx.models.demo import demo_model_path
 
 EXCERPT = (ROOT / "scripts/moby_dick_excerpt.txt").read_text(encoding="utf-8")
+# The server, and a thread that writes what its caches have into a file.
+SERVER = """
+import gc, sys, threading, time
+from pathlib import Path
+
+from tova_mlx.cli import main
+from tova_mlx.hooks.blas import load_openblas
+
+load_openblas()
+
+from tova_mlx.storage.entries import arrays_of
+from tova_mlx.storage.slots import Slots
+from tova_mlx.storage.stack import Stack
+
+def count():
+    there = {}
+    for slots in [o for o in gc.get_objects() if type(o) in (Slots, Stack)]:
+        try:
+            arrays = [a for e in slots.arrays for a in arrays_of(e)]
+            arrays += slots.journal.arrays if type(slots) is Slots else []
+        except AttributeError:  # being made
+            continue
+        there |= {id(a): a.nbytes for a in arrays}
+    return sum(there.values())
+
+def watch(path):
+    most = 0
+    while True:
+        most = max(most, count())
+        path.write_text(str(most))
+        time.sleep(0.05)
+
+threading.Thread(target=watch, args=(Path(sys.argv.pop(1)),), daemon=True).start()
+main()
+"""
 # Characters of a turn: some 400 tokens.
 TURN = 1600
 
@@ -64,7 +103,8 @@ def main() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tova_mlx", "serve", "--port", str(port)]
+    counted = Path(tempfile.mkdtemp()) / "bytes"
+    command = [sys.executable, "-c", SERVER, str(counted), "serve", "--port", str(port)]
     command += ["--model", str(demo_model_path()), "--max-kv-size", args.budget]
     command += ["--prefill-step-size", "256", "--log-level", "ERROR"]
     command += ["--kv-bits", args.kv_bits] if args.kv_bits else []
@@ -111,6 +151,7 @@ def main() -> None:
         "budget": args.budget,
         "said": said,
         "clients": args.clients,
+        "cache_bytes_most": int(counted.read_text()),
         "resident_before": before,
         "resident_most": most,
         "resident_by_round": rounds,
@@ -119,6 +160,8 @@ def main() -> None:
     if args.out is not None:
         args.out.write_text(json.dumps(report) + "\n", encoding="utf-8")
     print(json.dumps(report))
+    budget = parse_size(args.budget)
+    sys.exit(report["cache_bytes_most"] > budget.nbytes)
 
 
 if __name__ == "__main__":
