@@ -225,7 +225,7 @@ def test_it_stops_when_told_to(demo_path, number):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--kv-bits", "3"), 2, "use 4, 8, or a pair"),
+        (("--kv-bits", "3"), 2, "use 4, 5, 6, 8, or a pair"),
         (("--port", "{taken}"), 1, "cannot listen"),
         (("--port", "99999"), 2, "99999 is not in the range"),
         (("--port", "-1"), 2, "-1 is not in the range"),

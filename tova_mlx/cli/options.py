@@ -247,11 +247,13 @@ _NAMES = "|".join(
 )
 # With a value; and without one, in a list of options or in "Leave kv_bits out".
 _GIVEN = re.compile(rf"(?:^|(?<= ))({_NAMES})=(?:'([^']*)'|(\w[\w./]*\b))")
+_PAIR = re.compile(r"kv_bits=\((?:'(\w+)'|(\w+)), (?:'(\w+)'|(\w+))\)")
 _NAMED = re.compile(rf"(?<=[:,] )({_NAMES})(?=[,.])|(?<=[Ll]eave )kv_bits")
 
 
 def in_options(message: str) -> str:
     """An error's text with options for the arguments of Python that it names."""
+    message = _PAIR.sub(r"kv_bits=\1\2,\3\4", message)
     message = _GIVEN.sub(lambda found: _typed(found[1], found[2] or found[3]), message)
     return _NAMED.sub(lambda found: _flag(found[0]), message)
 
