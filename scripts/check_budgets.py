@@ -19,6 +19,7 @@ from common import provenance
 from mlx_lm.models import llama
 
 from tova_mlx import POLICIES, OptionError, make_prompt_cache
+from tova_mlx.models.budget import parse_size
 
 BITS = [None, 8, 6, 5, 4, (4, 4)]
 # From a few dozen tokens to a third of the text.
@@ -63,9 +64,7 @@ def main() -> None:
             mx.eval(model(tokens[:, start : start + STEP], cache=caches))
         for token in tokens[0, :20]:
             mx.eval(model(token[None, None], cache=caches))
-        number, unit = int("".join(c for c in budget if c.isdigit())), budget[-3:]
-        nbytes = number * (1024 if unit == "KiB" else 1000)
-        share = sum(c.nbytes for c in caches) / nbytes
+        share = sum(c.nbytes for c in caches) / parse_size(budget).nbytes
         rows.append({**row, "tokens": caches[0].rule.max_size, "share": share})
         print(json.dumps(rows[-1]), flush=True)
     shares = [row["share"] for row in rows if "share" in row]

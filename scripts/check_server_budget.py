@@ -12,7 +12,6 @@ if the caches had more than the budget. The last line is JSON.
 
 import argparse
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -145,7 +144,7 @@ def main() -> None:
             rounds.append(resident(server.pid))
             print(f"round {number + 1}: {rounds[-1] / 1e6:.0f} MB", flush=True)
     finally:
-        server.send_signal(signal.SIGKILL if os.name == "nt" else signal.SIGINT)
+        server.send_signal(signal.SIGINT)
         server.wait()
     report = {
         "budget": args.budget,

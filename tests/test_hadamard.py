@@ -147,7 +147,9 @@ def test_a_cache_made_in_one_thread_serves_another(model):
     with ThreadPoolExecutor(1) as pool:
         caches = pool.submit(make_prompt_cache, model, LIMIT, **how).result()
     # MLX's threads cannot evaluate what another has begun.
-    tiny.feed(model, tiny.tokens(20), caches, 10)
+    logits = tiny.feed(model, tiny.tokens(20), caches, 10)
+    here = make_prompt_cache(model, LIMIT, **how)
+    assert mx.array_equal(logits, tiny.feed(model, tiny.tokens(20), here, 10))
 
 
 def test_plain_bits_need_no_model(model):

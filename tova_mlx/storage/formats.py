@@ -51,8 +51,8 @@ class Storage(NamedTuple):
         """Return formats fitted to keys and values [1, n_kv_heads, S, head_dim]."""
         if self.keys is None or self.values is None:
             return self
-        return Storage(
-            self.keys.fitted(keys), self.values.fitted(values), self.group_size
+        return self._replace(
+            keys=self.keys.fitted(keys), values=self.values.fitted(values)
         )
 
     def widened(self) -> "Storage":
