@@ -121,11 +121,27 @@ def bias_of(kind):
 
 
 def stored(rows, form):
-    """Rows [H, D] as a cache of this format gives them back, each stored alone."""
+    """Rows [H, D] as a cache of this format gives them back, each stored alone.
+
+    Of the format only its numbers are read: what is taken off, turned and how many bits.
+    """
     if form is None:
         return rows.astype(np.float64)
-    rows = form.quantize(mx.array(rows, mx.float32)[None, :, None])
-    return np.array(rows.dequantized())[0, :, 0].astype(np.float64)
+    turns = str(form.choice).endswith("h")
+    bits = form.affine.bits if turns else form.bits
+    center = np.float32(0)
+    if turns and form.center is not None:
+        center = np.array(form.center.array)[0, :, 0]
+    moved = mx.array(rows - center)
+    if turns:
+        moved = mx.hadamard_transform(moved)
+    codes, *scales = mx.quantize(moved.astype(mx.float16), group_size=32, bits=bits)
+    scales = [a.astype(mx.float32) for a in scales]
+    plain = mx.dequantize(codes, *scales, group_size=32, bits=bits)
+    if turns:
+        # Its own inverse, at these widths.
+        plain = mx.hadamard_transform(plain)
+    return (np.array(plain) + center).astype(np.float64)
 
 
 class Checks:

@@ -26,8 +26,8 @@ from tova_mlx.storage.formats import Storage, storage_for
 BITS = [8, (8, 4), 4, (4, 4), (5, 6), ("5h", 8)]
 LIMIT = 12
 # Rounding in a layer can flip a code in the next, which is a step of the code then; it
-# is seldom.
-FLIPPED, SELDOM = 2e-2, 0.05
+# is seldom. With one layer only a key that chunks of other sizes rounded can do it.
+FLIPPED, SELDOM, ROUNDED = 2e-2, 0.05, 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,17 @@ def model():
     return tiny.make(n_heads=4, n_kv_heads=2, head_dim=32)
 
 
-def assert_as_good(got, want):
+@pytest.fixture(scope="module")
+def one_layer():
+    model = tiny.make(n_heads=4, n_kv_heads=2, head_dim=32)
+    model.model.layers = model.model.layers[:1]
+    return model
+
+
+def assert_as_good(got, want, within=None):
     off = np.abs(np.array(got) - np.array(want))
+    if within:
+        assert off.max() <= within
     assert (off > FLIPPED).mean() < SELDOM, off.max()
 
 
@@ -47,35 +56,42 @@ def bits_of(options, bits=4):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("policy", "options"), CASES + EXTRA)
 def test_packed_rows_are_as_good_as_the_unpacked(
-    model, policy, options, bits, monkeypatch
+    model, one_layer, policy, options, bits, monkeypatch
 ):
     options = bits_of({"policy": policy, **options}, bits)
     tokens, sizes = tiny.tokens(60), [30, 1, 1, 1, 9, *[1] * 18]
-    caches = make_prompt_cache(model, LIMIT, **options)
-    got = tiny.feed(model, tokens, caches, sizes)
-    assert not any(is_plain(c.keys) or is_plain(c.values) for c in caches)
+
+    def read(model):
+        caches = make_prompt_cache(model, LIMIT, **options)
+        return caches, tiny.feed(model, tokens, caches, sizes)
+
+    packed = [read(model), read(one_layer)]
+    assert not any(is_plain(e) for c in packed[0][0] for e in (c.keys, c.values))
     pack = Storage.store
     monkeypatch.setattr(
         Storage, "store", lambda self, k, v: tuple(map(dequantized, pack(self, k, v)))
     )
-    plain = make_prompt_cache(model, LIMIT, **options)
-    want = tiny.feed(model, tokens, plain, sizes)
-    assert_as_good(got, want)
-    for a, b in zip(caches, plain, strict=True):
-        assert mx.array_equal(a.positions, b.positions)
+    plain = [read(model), read(one_layer)]
+    for (caches, got), (others, want), within in zip(
+        packed, plain, (None, ROUNDED), strict=True
+    ):
+        assert_as_good(got, want, within)
+        for a, b in zip(caches, others, strict=True):
+            assert mx.array_equal(a.positions, b.positions)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 60])
 @pytest.mark.parametrize(("policy", "options"), CASES)
-def test_chunks_of_any_size_keep_the_same(model, policy, options, chunk):
+def test_chunks_of_any_size_keep_the_same(model, one_layer, policy, options, chunk):
     options = bits_of({"policy": policy, **options})
     tokens = tiny.tokens(60)
-    caches, other = (make_prompt_cache(model, LIMIT, **options) for _ in range(2))
-    got = tiny.feed(model, tokens, caches, chunk)
-    want = tiny.feed(model, tokens, other, 13)
-    assert_as_good(got, want)
-    for a, b in zip(caches, other, strict=True):
-        assert mx.array_equal(a.positions, b.positions)
+    for net, within in ((model, None), (one_layer, FLIPPED)):
+        caches, other = (make_prompt_cache(net, LIMIT, **options) for _ in range(2))
+        got = tiny.feed(net, tokens, caches, chunk)
+        want = tiny.feed(net, tokens, other, 13)
+        assert_as_good(got, want, within)
+        for a, b in zip(caches, other, strict=True):
+            assert mx.array_equal(a.positions, b.positions)
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
@@ -110,14 +126,15 @@ def test_a_saved_packed_prompt_goes_on_to_the_bit(model, policy, tmp_path):
         load_prompt_cache(path, model=model)
 
 
-def test_packed_tokens_can_be_taken_back(model):
+@pytest.mark.parametrize("policy", ["tova", "fade", "streaming"])
+def test_packed_tokens_can_be_taken_back(model, one_layer, policy):
     tokens = tiny.tokens(40)
-    for policy in ("tova", "fade", "streaming"):
-        caches = make_prompt_cache(model, LIMIT, **bits_of({"policy": policy}))
-        first = tiny.feed(model, tokens, caches, [25, *[1] * 15])
+    for net, within in ((model, None), (one_layer, ROUNDED)):
+        caches = make_prompt_cache(net, LIMIT, **bits_of({"policy": policy}))
+        first = tiny.feed(net, tokens, caches, [25, *[1] * 15])
         assert all(c.trim(5) == 5 for c in caches)
-        again = tiny.feed(model, tokens[:, -5:], caches, 1)
-        assert_as_good(again, first[:, -5:])
+        again = tiny.feed(net, tokens[:, -5:], caches, 1)
+        assert_as_good(again, first[:, -5:], within)
 
 
 @pytest.mark.parametrize("bits", BITS)
