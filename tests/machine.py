@@ -33,7 +33,7 @@ from hypothesis.stateful import (
 from mlx_lm.models import cache as mlx_lm_cache
 from oracle import Layer, Token
 
-import tova_mlx.caches.layer
+import tova_mlx.caches.chunk
 from tova_mlx import POLICIES, PolicyKVCache, describe
 from tova_mlx import load_prompt_cache as our_load
 from tova_mlx import save_prompt_cache as our_save
@@ -292,10 +292,10 @@ class Failed(BaseException):
 
 # What fails: parts of an attention, or of an update.
 INSIDE = [
-    (tova_mlx.caches.layer, "attend_and_evict"),
-    (tova_mlx.caches.layer, "attend_and_keep"),
-    (tova_mlx.caches.layer, "plain_attention"),
-    (tova_mlx.caches.layer, "attend_newest"),
+    (tova_mlx.caches.chunk, "attend_and_evict"),
+    (tova_mlx.caches.chunk, "attend_and_keep"),
+    (tova_mlx.caches.chunk, "plain_attention"),
+    (tova_mlx.caches.chunk, "attend_newest"),
 ]
 UPDATE = [(Slots, "write_tokens"), (Slots, "_positions")]
 

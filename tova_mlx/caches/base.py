@@ -21,12 +21,14 @@ class Pending(NamedTuple):
     """An update that was not attended to yet.
 
     module: whose attention is to come; offset: tokens seen before it; slots: what the
-    layer held before it (a batch does not say).
+    layer held before it (a batch does not say); chunk: what is stored only when it is
+    attended to.
     """
 
     module: str
     offset: int
     slots: Any = None
+    chunk: Any = None
 
 
 class PolicyCache:
@@ -71,6 +73,11 @@ class PolicyCache:
         return output
 
     @property
+    def _must_attend(self) -> bool:
+        """Whether every update has to be attended to."""
+        raise NotImplementedError
+
+    @property
     def _may_attend(self) -> bool:
         """Whether an attention is the first one to the last update."""
         return self._pending is not None
@@ -83,7 +90,7 @@ class PolicyCache:
 
     def _check_attended(self, stored: int) -> None:
         """Raise if an update of `stored` tokens was not attended to."""
-        if self._pending is not None and not self.rule.by_age:
+        if self._pending is not None and self._must_attend:
             pending = self._pending
             raise unattended(pending.module, self.rule, pending.offset, stored)
 

@@ -146,10 +146,18 @@ class BatchPolicyKVCache(PolicyCache):
     # The model's side
 
     @property
+    def seen(self) -> mx.array:
+        """How many tokens each row has seen, int32 [B]."""
+        return mx.array(self._offsets, mx.int32)
+
+    @property
     def offset(self) -> mx.array:
-        """The position of each row's next token, int32 [B]; below 0 in padding."""
+        """The rotary position of each row's next token, int32 [B].
+
+        Below 0 in padding.
+        """
         ahead = [max(0, left - self._done) for left in self._left]
-        return mx.array([o - a for o, a in zip(self._offsets, ahead, strict=True)])
+        return mx.array([o - a for o, a in zip(self._rotary, ahead, strict=True)])
 
     def make_mask(
         self, N: int, window_size: int | None = None, return_array: bool = False
@@ -205,13 +213,22 @@ class BatchPolicyKVCache(PolicyCache):
             return output
         if self.rule.by_age:
             output = attend_newest(queries, keys, values, args)[0]
-            return self._stack.tied(output)
-        assert self._pending is not None
-        check_values(self._pending.module, self.rule, self._stack.values, values)
-        stack = self._stack.twin()
-        output = attend_and_evict(stack, queries, keys, values, args)
-        self._stack = stack
+            output = self._stack.tied(output)
+        else:
+            assert self._pending is not None
+            check_values(self._pending.module, self.rule, self._stack.values, values)
+            stack = self._stack.twin()
+            output = attend_and_evict(stack, queries, keys, values, args)
+            self._stack = stack
+        if self._stack.renumbers:
+            # Seldom, and of some rows.
+            for row in self._unstacked():
+                row.slots.renumber()
         return output
+
+    @property
+    def _must_attend(self) -> bool:
+        return not self.rule.by_age or self.options.renumbering is not None
 
     def keys_and_values(self) -> tuple[Entries, Entries]:
         """What the last update gave, for a layer that shares it."""
@@ -258,6 +275,14 @@ class BatchPolicyKVCache(PolicyCache):
     def _offsets(self) -> list[int]:
         if self._stack is not None:
             return self._stack.offsets
+        return [row.seen for row in self._rows]
+
+    @property
+    def _rotary(self) -> list[int]:
+        """The rotary position of each row's next token."""
+        if self._stack is not None:
+            pairs = zip(self._stack.offsets, self._stack.shifts, strict=True)
+            return [offset - shift for offset, shift in pairs]
         return [row.offset for row in self._rows]
 
     @property

@@ -15,14 +15,7 @@ from mlx_lm.models.base import create_causal_mask
 
 from ..attention.arguments import AttentionArgs
 from ..attention.block import attend_again
-from ..attention.evict import (
-    attend_and_evict,
-    attend_and_keep,
-    evict_oldest,
-    mark_oldest,
-)
 from ..attention.sharing import Shared
-from ..attention.softmax import attend_newest, plain_attention
 from ..errors import CacheStateError, OptionError
 from ..eviction import window_mask
 from ..hooks import dispatcher, registration, trimming
@@ -34,6 +27,7 @@ from ..storage.slots import Slots
 from ..storage.state import from_state, to_state
 from .base import Pending, PolicyCache, calling_module
 from .batch import BatchPolicyKVCache
+from .chunk import Chunk, attend, attend_in_parts, is_cut, store
 from .lockstep import Lockstep
 from .options import JOURNAL, CacheOptions
 from .refusals import check_entries, check_values, windowed
@@ -67,7 +61,9 @@ class PolicyKVCache(PolicyCache):
         OptionError: a value that cannot work, or an option the policy does not read.
 
     Attributes:
-        offset: tokens seen, the position of the next token.
+        seen: tokens seen.
+        offset: the position of the next token, for rotary embeddings: `seen`, or less
+            with positions that are renumbered.
     """
 
     def __init__(
@@ -113,7 +109,9 @@ class PolicyKVCache(PolicyCache):
         super().__init__(options.rule, shares)
         self.options = options
         if slots is None:
-            slots = Slots(options.rule, options.journal, options.storage)
+            slots = Slots(
+                options.rule, options.journal, options.storage, options.renumbering
+            )
         self._slots = slots
         # Shared by the caches of one model, see `lockstep`.
         self.lockstep = Lockstep()
@@ -121,7 +119,7 @@ class PolicyKVCache(PolicyCache):
     def __repr__(self) -> str:
         return (
             f"<{type(self).__name__}({self.max_size}, {self.rule.policy!r}): holds "
-            f"{self.size()} of {self.offset} tokens, {self.nbytes:,} bytes>"
+            f"{self.size()} of {self.seen} tokens, {self.nbytes:,} bytes>"
         )
 
     # What is held
@@ -137,9 +135,20 @@ class PolicyKVCache(PolicyCache):
         return self.rule.max_size
 
     @property
+    def seen(self) -> int:
+        """Tokens seen."""
+        return self._slots.offset + self._waiting
+
+    @property
     def offset(self) -> int:
-        """Tokens seen, the position of the next token."""
-        return self._slots.offset
+        """The rotary position of the next token: how many were seen, or fewer."""
+        return self._slots.next_rotary + self._waiting
+
+    @property
+    def _waiting(self) -> int:
+        """New tokens that are stored when they are attended to."""
+        chunk = self._pending.chunk if self._pending is not None else None
+        return 0 if chunk is None else chunk.length
 
     @property
     def keys(self) -> Entries | None:
@@ -211,15 +220,15 @@ class PolicyKVCache(PolicyCache):
     ) -> mx.array | str | None:
         """The mask for a chunk of N tokens: [N, size() + N], "causal" or None."""
         limit = self.rule.max_size
-        evicts = limit is not None and self.offset + N > limit + 1
+        evicts = limit is not None and self.seen + N > limit + 1
         if window_size is not None:
-            if limit is not None and self.offset + N > limit:
-                raise windowed(self.rule, window_size, self.offset + N)
-            return create_causal_mask(N, self.offset, window_size=window_size)
+            if limit is not None and self.seen + N > limit:
+                raise windowed(self.rule, window_size, self.seen + N)
+            return create_causal_mask(N, self.seen, window_size=window_size)
         if N == 1:
             return None
-        if evicts and self.rule.by_age:
-            return to_mlx(window_mask(self.rule, self.offset, N))
+        if evicts and self.rule.by_age and not is_cut(self._slots, N):
+            return to_mlx(window_mask(self.rule, self.seen, N))
         if return_array:
             return create_causal_mask(N, self.size())
         return "causal"
@@ -232,55 +241,50 @@ class PolicyKVCache(PolicyCache):
         module: who is going to attend; the caller's if not given.
         """
         if self._pending is not None:
-            self._check_attended(self.offset - self._pending.offset)
+            self._check_attended(self.seen - self._pending.offset)
         check_entries(self.rule, self.keys, keys)
         self.lockstep.enter(self)
         # Before anything is written: a second reference turns a write into a copy.
         self._shared.forget()
-        rule, length = self.rule, keys.shape[2]
         # Changed apart and put in place at the end: what fails leaves no trace.
-        slots = self._slots.twin()
-        fits = rule.max_size is None or self.offset + length <= rule.max_size
-        # A memory must see every query, so even a chunk that fits is scanned.
-        if length == 1 or (fits and not rule.memory):
-            entries = slots.append(keys, values)
-            if slots.evicted and rule.by_age:
-                mark_oldest(slots)
+        slots, chunk = self._slots.twin(), Chunk(keys, values)
+        if is_cut(slots, chunk.length):
+            # Stored part by part, when there are queries too. What is given has the
+            # right shape, and is never computed.
+            entries = slots.extend(*chunk)
+            slots = self._slots
         else:
-            entries = slots.extend(keys, values)
-            if rule.by_age:
-                evict_oldest(slots)
-        if not rule.by_age:
+            entries, chunk = store(slots, chunk), None
+        if self._must_attend:
             by = module or calling_module()
-            self._pending = Pending(by, self.offset, self._slots)
+            self._pending = Pending(by, self.seen, self._slots, chunk)
         self._slots = slots
         return self._shared.give(entries)
 
     @property
+    def _must_attend(self) -> bool:
+        return not self.rule.by_age or self.options.renumbering is not None
+
+    @property
     def _may_attend(self) -> bool:
-        return super()._may_attend or self.rule.by_age
+        return super()._may_attend or not self._must_attend
 
     def _attend(
         self, queries: mx.array, keys: Entries, values: Entries, args: AttentionArgs
     ) -> mx.array:
-        rule, slots = self.rule, self._slots
-        one = queries.shape[2] == 1
-        if rule.by_age:
-            if one and slots.evicted:
-                return slots.tied(attend_newest(queries, keys, values, args)[0])
-            return slots.tied(plain_attention(queries, keys, values, args))
-        assert self._pending is not None
-        check_values(self._pending.module, rule, slots.values, values)
-        slots = slots.twin()
-        if one and (rule.memory or slots.evicted):
-            output = attend_and_evict(slots, queries, keys, values, args)
-        elif rule.memory or slots.evicted:
-            once = self.prefill == "once"
-            result = attend_and_keep(slots, queries, keys, values, args, once=once)
-            self._shared.attend_with(partial(attend_again, result.blocks))
-            output = result.output
+        slots, pending = self._slots.twin(), self._pending
+        if pending is not None:
+            check_values(pending.module, self.rule, slots.values, values)
+        if pending is not None and pending.chunk is not None:
+            output = attend_in_parts(slots, pending.chunk, queries, args)
+            output = slots.tied(output)
         else:
-            output = slots.tied(plain_attention(queries, keys, values, args))
+            once = self.prefill == "once"
+            output, blocks = attend(slots, queries, keys, values, args, once=once)
+            if blocks is not None:
+                self._shared.attend_with(partial(attend_again, blocks))
+            if slots.renumber():
+                output = slots.tied(output)
         self._slots = slots
         return output
 
@@ -295,13 +299,13 @@ class PolicyKVCache(PolicyCache):
         """
         if self._pending is not None:
             return False
-        return self.offset == 0 or not (self._slots.evicted or self.rule.memory)
+        return self.seen == 0 or not (self._slots.evicted or self.rule.memory)
 
     def can_trim(self, n: int) -> bool:
         """Whether the newest n tokens can be taken back exactly."""
         if n <= 0:
             return True
-        before, n = self._before(min(n, self.offset))
+        before, n = self._before(min(n, self.seen))
         return n >= 0 and before.can_take_back(n)
 
     @property
@@ -314,13 +318,13 @@ class PolicyKVCache(PolicyCache):
 
         Raises CacheStateError when `can_trim(n)` is false; the cache stays as it was.
         """
-        n = max(0, min(self.offset, n))
+        n = max(0, min(self.seen, n))
         if not n:
             return 0
         if not self.can_trim(n):
             raise CacheStateError(
                 f"{self.rule.policy}: {n} tokens cannot be taken back after "
-                f"{self.offset} seen with max_size={self.max_size} and "
+                f"{self.seen} seen with max_size={self.max_size} and "
                 f"journal={self.journal}: what they evicted or added to "
                 "scores is lost. Use a longer journal, or start a new cache."
             )
@@ -336,12 +340,12 @@ class PolicyKVCache(PolicyCache):
         if self._pending is None:
             return self._slots, n
         before = self._pending.slots
-        return before, n - (self.offset - before.offset)
+        return before, n - (self.seen - before.offset)
 
     def _attended(self) -> Slots:
         """Return the slots, with nothing pending. Raises as the next update would."""
         if self._pending is not None:
-            self._check_attended(self.offset - self._pending.offset)
+            self._check_attended(self.seen - self._pending.offset)
         return self._slots
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> "PolicyKVCache":
@@ -359,6 +363,7 @@ class PolicyKVCache(PolicyCache):
         twin.storage, twin.journal = stored, slots.journal.empty()
         if twin.keys is not None:
             twin.keys, twin.values = stored.store(twin.keys, twin.values)
+            twin.stored_rotary = twin.rotary if twin.keeps_stored else None
         return self.of(replace(self.options, storage=stored), twin, self.shares)
 
     @property
@@ -371,7 +376,9 @@ class PolicyKVCache(PolicyCache):
         slots, how = from_state(state)
         journal = slots.journal.length
         try:
-            made = CacheOptions(slots.rule, slots.storage, how["prefill"], journal)
+            made = CacheOptions(
+                slots.rule, slots.storage, how["prefill"], journal, slots.renumbering
+            )
         except OptionError as error:
             raise CacheStateError(
                 f"This is not the state of a tova_mlx cache ({error})."

@@ -27,16 +27,16 @@ class Lockstep:
         """Before an update of one of the caches. Raises CacheStateError."""
         first = self._first() if self._first is not None else None
         if first is None or first is cache:
-            self._first, self._offset = ref(cache), cache.offset
-        elif cache.offset != self._offset:
-            behind = first.offset - cache.offset
+            self._first, self._offset = ref(cache), cache.seen
+        elif cache.seen != self._offset:
+            behind = first.seen - cache.seen
             how = (
                 f"Take back with trim_prompt_cache(cache, {behind}), or start"
                 if behind > 0
                 else "Start"
             )
             raise CacheStateError(
-                f"{cache.rule.policy}: a layer has seen {cache.offset} tokens where "
+                f"{cache.rule.policy}: a layer has seen {cache.seen} tokens where "
                 f"the first one of its model had seen {self._offset}, so a forward was "
                 f"interrupted. {how} with new caches."
             )

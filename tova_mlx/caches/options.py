@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import OptionError
 from ..policies import Rule, resolve_options
 from ..storage.formats import Storage, storage_for
+from ..storage.rotation import Renumbering
 
 # Newest tokens that can be taken back after something was evicted.
 JOURNAL = 16
@@ -22,6 +23,7 @@ class CacheOptions:
     storage: Storage
     prefill: str
     journal: int
+    renumbering: Renumbering | None = None
 
     def __post_init__(self) -> None:
         """Raises OptionError."""
@@ -35,6 +37,11 @@ class CacheOptions:
             raise OptionError(
                 f"{policy} does not read prefill='once': it cuts by attention. "
                 "Leave it out."
+            )
+        if self.prefill == "once" and self.renumbering is not None:
+            raise OptionError(
+                f"{policy}: prefill='once' evicts wherever chunks end, so positions "
+                "cannot be renumbered within them. Use positions='original'."
             )
         if isinstance(journal, bool) or not isinstance(journal, int) or journal < 0:
             raise OptionError(

@@ -92,7 +92,7 @@ def departures(
     for i, (layer, leaf) in enumerate(parts):
         # Some models make caches that they do not use.
         if isinstance(leaf, PolicyKVCache) and not leaf.empty():
-            last = _last_steps(leaf.offset, evicted[i])
+            last = _last_steps(leaf.seen, evicted[i])
             layers.setdefault(layer, []).append(last)
     return {layer: np.concatenate(several) for layer, several in layers.items()}
 

@@ -11,7 +11,7 @@ from mlx_lm import server
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 
 from ..errors import UnsupportedModelError
-from .layers import leaves
+from .layers import leaves, seen
 
 
 class PromptStore(LRUPromptCache):
@@ -35,15 +35,15 @@ class PromptStore(LRUPromptCache):
             return None, tokens
         parts = list(leaves(caches))
         # A state-space layer does not say what it has seen, and gives nothing back.
-        placed = [c for c in parts if hasattr(c, "offset")]
-        seen = min([len(tokens) - max(1, len(rest)), *(c.offset for c in placed)])
-        ahead = [c for c in placed if c.offset > seen]
+        placed = [c for c in parts if seen(c) is not None]
+        common = min([len(tokens) - max(1, len(rest)), *map(seen, placed)])
+        ahead = [c for c in placed if seen(c) > common]
         back = bool(ahead) if placed else not rest
-        if seen <= 0 or (back and len(placed) < len(parts)):
+        if common <= 0 or (back and len(placed) < len(parts)):
             return None, tokens
-        if not all(_take_back(c, c.offset - seen) for c in ahead):
+        if not all(_take_back(c, seen(c) - common) for c in ahead):
             return None, tokens
-        return caches, tokens[seen:]
+        return caches, tokens[common:]
 
 
 def _take_back(cache: Any, n: int) -> bool:

@@ -13,7 +13,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from ..errors import CacheStateError
 from . import replacing
-from .layers import leaves
+from .layers import leaves, seen
 
 # Always loaded: mlx-lm's package imports it.
 _GENERATE = "mlx_lm.generate"
@@ -80,11 +80,11 @@ def uninstall() -> None:
 def _parts(cache: list[Any], num_tokens: int) -> list[tuple[Any, int]]:
     """Each layer's cache, and how many of `num_tokens` it has to give back."""
     caches = list(leaves(cache))
-    newest = max((c.offset for c in caches if hasattr(c, "can_trim")), default=0)
+    newest = max((c.seen for c in caches if hasattr(c, "can_trim")), default=0)
 
     def behind(c: Any) -> int:
-        offset = getattr(c, "offset", newest)
-        return newest - offset if isinstance(offset, int) else 0
+        n = seen(c)
+        return newest - n if isinstance(n, int) else 0
 
     return [(c, max(0, num_tokens - behind(c))) for c in caches]
 

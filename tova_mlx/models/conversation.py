@@ -16,7 +16,7 @@ from mlx_lm import stream_generate
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..errors import CacheStateError, PromptError, TovaError
-from ..hooks.layers import leaves
+from ..hooks.layers import leaves, seen
 from ..hooks.trimming import trim_prompt_cache
 from .saved import load_prompt_cache, save_prompt_cache
 
@@ -243,7 +243,7 @@ def _only_after(mark: str, text: str) -> str | None:
 
 def _offsets(caches: list[Any]) -> list[int | None]:
     """Tokens seen by each layer; None for one that does not say."""
-    offsets = [getattr(c, "offset", None) for c in leaves(caches)]
+    offsets = [seen(c) for c in leaves(caches)]
     return [o if isinstance(o, int) else None for o in offsets]
 
 

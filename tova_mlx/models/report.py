@@ -9,7 +9,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from ..caches.batch import BatchPolicyKVCache
 from ..caches.layer import PolicyKVCache
-from ..hooks.layers import leaves, total
+from ..hooks.layers import leaves, seen, total
 from ..storage.entries import nbytes
 from ..tables import table
 
@@ -121,8 +121,8 @@ def _row(layer: int, cache: Any, bound: int | None) -> Row:
 
 def _seen(cache: Any) -> int:
     """Tokens; of the row that has seen most, if there are several."""
-    offset = getattr(cache, "offset", 0)
-    return int(offset.max()) if isinstance(offset, mx.array) else int(offset)
+    n = seen(cache)
+    return int(n.max()) if isinstance(n, mx.array) else int(n or 0)
 
 
 def bound(cache: Any) -> int | None:

@@ -229,7 +229,7 @@ def _check_fits(
                     "Load the model that it was saved with."
                 )
     used = [c for c in leaves(caches) if isinstance(c, PolicyKVCache) and not c.empty()]
-    if len(seen := {c.offset for c in used}) > 1:
+    if len(seen := {c.seen for c in used}) > 1:
         raise CacheStateError(
             f"{path}: layers that have seen {sorted(seen)} tokens, so a forward was "
             "interrupted before it was saved. Read the prompt again."

@@ -11,14 +11,23 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from ..policies import Rule
-from .entries import arrays_of, write
+from .entries import arrays_of, is_plain, write
 from .formats import Storage
+from .rotation import Renumbering, RotatedEntries
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 # What is known of each slot: arrays with the slots in axis 2.
-PER_SLOT = ("keys", "values", "positions", "scores", "value_norms")
+PER_SLOT = (
+    "keys",
+    "values",
+    "positions",
+    "scores",
+    "value_norms",
+    "rotary",
+    "stored_rotary",
+)
 
 _STEP = 256
 
@@ -53,16 +62,24 @@ class SlotFields:
         positions: int32 [B, H', S], or None where slot i holds position i.
         scores: float32 [B, H', S], for rules with memory.
         value_norms: float32 [B, n_kv_heads, S], L2, for value-weighted rules.
+        rotary: int32 [B, H', S], the rotary position of each token, or None where that
+            is the token's index.
+        stored_rotary: int32 [B, H', S], the one that the stored key is rotated for, or
+            None where that is the same.
         victim: uint32 [B, H', 1], the slot to write next, or None.
     """
 
-    def __init__(self, rule: Rule, storage: Storage):
-        self.rule, self.storage = rule, storage
+    def __init__(
+        self, rule: Rule, storage: Storage, renumbering: Renumbering | None = None
+    ):
+        self.rule, self.storage, self.renumbering = rule, storage, renumbering
         self.keys: Any = None
         self.values: Any = None
         self.positions: mx.array | None = None
         self.scores: mx.array | None = None
         self.value_norms: mx.array | None = None
+        self.rotary: mx.array | None = None
+        self.stored_rotary: mx.array | None = None
         self.victim: mx.array | None = None
 
     def twin(self) -> Self:
@@ -85,6 +102,40 @@ class SlotFields:
         """Bytes of all arrays."""
         return sum(a.nbytes for entries in self.arrays for a in arrays_of(entries))
 
+    @property
+    def keys_to_read(self) -> Any:
+        """The keys, rotated for the rotary positions of their tokens."""
+        if self.stored_rotary is None or self.rotary is None:
+            return self.keys
+        assert self.renumbering is not None
+        assert self.renumbering.rotation is not None
+        return RotatedEntries(
+            self.keys,
+            self.stored_rotary[..., None],
+            self.rotary[..., None],
+            self.renumbering.rotation,
+        )
+
+    @property
+    def keeps_stored(self) -> bool:
+        """Whether keys stay rotated as they were stored: quantised ones do."""
+        when = self.renumbering
+        return when is not None and bool(when.rotation) and not is_plain(self.keys)
+
+    def rotate(self, rotary: mx.array) -> None:
+        """Give the tokens in the slots these rotary positions, int32 [B, H', S]."""
+        assert self.renumbering is not None
+        before: Any = self.positions if self.rotary is None else self.rotary
+        self.rotary = rotary
+        if self.keeps_stored:
+            if self.stored_rotary is None:
+                self.stored_rotary = before
+            return
+        keys = self.renumbering.rotated(self.keys.astype(mx.float32), before, rotary)
+        # One that stays where it is keeps its last bit too.
+        stays = (before == rotary)[..., None]
+        self.keys = mx.where(stays, self.keys, keys.astype(self.keys.dtype))
+
     def eviction_heads(self, keys: Any) -> int:
         """H': how many victims a row of the batch has per step."""
         return keys.shape[1] if self.rule.per_head else 1
@@ -95,7 +146,7 @@ class SlotFields:
         Nothing else may read it for thousands of steps, and each would keep its graph,
         and with it the step's arrays, alive.
         """
-        known = (self.positions, self.scores, self.value_norms, self.victim)
+        known = (*(getattr(self, name) for name in PER_SLOT[2:]), self.victim)
         read = [a for a in known if a is not None]
         return mx.depends([output], read)[0] if read else output
 
@@ -104,17 +155,21 @@ class SlotFields:
         slot: mx.array,
         keys: mx.array,
         values: mx.array,
-        positions: mx.array | None,
+        positions: mx.array,
+        shift: int | mx.array,
     ) -> None:
         """Write new tokens into the slots that `entries.write` takes.
 
         keys, values: [B, n_kv_heads, n, head_dim]; positions: int32 [B, H', n], read
-        only where positions are stored.
+        only where positions are stored; shift: how far rotary positions are behind.
         """
         new_keys, new_values = self.storage.store(keys, values)
         self.keys = write(self.keys, new_keys, slot)
         self.values = write(self.values, new_values, slot)
         if self.positions is not None:
             self.positions = write(self.positions, positions, slot)
+        for name in ("rotary", "stored_rotary"):
+            if (array := getattr(self, name)) is not None:
+                setattr(self, name, write(array, positions - shift, slot))
         if self.value_norms is not None:
             self.value_norms = write(self.value_norms, norms_of(values), slot)

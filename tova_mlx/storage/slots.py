@@ -8,6 +8,7 @@ which is evicted is decided elsewhere. Shapes as in `fields`.
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from ..policies import Rule
 from .entries import (
@@ -20,6 +21,7 @@ from .entries import (
     join,
     nbytes,
     pad,
+    to_mlx,
     write,
 )
 from .fields import (
@@ -31,8 +33,9 @@ from .fields import (
     tokens_held,
 )
 from .formats import PLAIN, Storage
-from .journal import Evicted, Journal, ScoresBefore
+from .journal import Evicted, Journal, Renumbered, ScoresBefore
 from .observer import Observer
+from .rotation import Renumbering
 
 _LAST = 2**31 - 1
 
@@ -42,14 +45,21 @@ class Slots(SlotFields):
 
     Attributes:
         offset: tokens seen.
+        shift: how far the next token's rotary position is behind its index.
         victim: as in `SlotFields`; None: the next slot to write is `size()`.
         journal: what the last steps destroyed.
         observer: who wants to know what is evicted.
     """
 
-    def __init__(self, rule: Rule, journal: int = 0, storage: Storage = PLAIN):
-        super().__init__(rule, storage)
-        self.offset = 0
+    def __init__(
+        self,
+        rule: Rule,
+        journal: int = 0,
+        storage: Storage = PLAIN,
+        renumbering: Renumbering | None = None,
+    ):
+        super().__init__(rule, storage, renumbering)
+        self.offset = self.shift = 0
         self.journal = Journal(journal)
         self.observer = Observer()
 
@@ -92,13 +102,19 @@ class Slots(SlotFields):
         per_token = (nbytes(self.keys) + nbytes(self.values)) // slots
         heads = batch * self.eviction_heads(self.keys)
         per_slot = per_token + 4 * batch * n_kv_heads * self.rule.value_weighted
+        renumbered = 0
+        if self.renumbering is not None:
+            per_slot += 4 * heads * (1 + self.keeps_stored)
+            if self.journal.length:
+                times = 1 + self.journal.length // self.renumbering.period
+                renumbered = 8 * heads * limit * times
         memory = bool(self.rule.memory)
         per_step = per_slot + 4 * heads
         if memory:
             per_step += 8 * heads * (limit + 1) + 4 * heads
         per_slot += 4 * heads * (1 + memory)
         slots = per_slot * (limit + 1) + 4 * heads
-        return slots + per_step * self.journal.length
+        return slots + per_step * self.journal.length + renumbered
 
     def append(self, keys: mx.array, values: mx.array) -> tuple[Entries, Entries]:
         """Write one token, or several that evict nothing; return all entries held."""
@@ -110,14 +126,14 @@ class Slots(SlotFields):
         self._log_victim()
         slot = mx.array([start]) if self.victim is None else self.victim
         new = self._positions(keys, self.offset, length)
-        self.write_tokens(slot, keys, values, new)
+        self.write_tokens(slot, keys, values, new, self.shift)
         if self.scores is not None and self.victim is not None:
             zero = mx.zeros((*self.scores.shape[:2], length))
             self.scores = write(self.scores, zero, slot)
         self.offset += length
         if self.positions is None and n > self.size():
             self.positions = self._positions(self.keys, 0, n)
-        return first_slots(self.keys, n), first_slots(self.values, n)
+        return first_slots(self.keys_to_read, n), first_slots(self.values, n)
 
     def extend(self, keys: Any, values: Any) -> tuple[Entries, Entries]:
         """Put a block of tokens after those held, in order of position, for `keep`.
@@ -131,9 +147,12 @@ class Slots(SlotFields):
             "positions": self._positions(keys, self.offset, length),
             "value_norms": norms_of(values) if self.rule.value_weighted else None,
         }
+        for name in ("rotary", "stored_rotary"):
+            there = getattr(self, name) is not None
+            new[name] = new["positions"] - self.shift if there else None
         new["keys"], new["values"] = self.storage.store(keys, values)
         if self.offset:
-            order, positions = self._order(), self.held_positions()
+            order, positions = self.order(), self.held_positions()
             for name, entries in new.items():
                 before = positions
                 if name != "positions":
@@ -146,7 +165,7 @@ class Slots(SlotFields):
             setattr(self, name, entries)
         self.victim = None
         self.offset += length
-        return self.keys, self.values
+        return self.keys_to_read, self.values
 
     def keep(self, columns: mx.array) -> None:
         """Move the tokens still held, columns [B, H', size()], into the first slots."""
@@ -159,8 +178,9 @@ class Slots(SlotFields):
         logged = self.journal.arrays
         self.keys = after(gather(self.keys, columns), logged)
         self.values = after(gather(self.values, columns), logged)
-        if self.value_norms is not None:
-            self.value_norms = gather(self.value_norms, columns)
+        for name in PER_SLOT[4:]:
+            if (array := getattr(self, name)) is not None:
+                setattr(self, name, gather(array, columns))
         self.positions = gather(self.positions, columns) if self.evicted else None
 
     @property
@@ -205,7 +225,7 @@ class Slots(SlotFields):
             return
         to = self.offset - n
         if to <= 0:
-            new = Slots(self.rule, self.journal.length, self.storage)
+            new = Slots(self.rule, self.journal.length, self.storage, self.renumbering)
             new.observer = self.observer
             self.__dict__ = vars(new)
             return
@@ -215,7 +235,58 @@ class Slots(SlotFields):
             self.keep(order[..., : self.size()])
         if (before := self.journal.scores_before(to)) is not None:
             self.remember(_ordered_scores(before, self.size()))
+        if (renumbered := self.journal.renumbered_since(to)) is not None:
+            self._rotate_back(renumbered)
         self.journal = self.journal.until(to)
+
+    @property
+    def next_rotary(self) -> int:
+        """The rotary position of the next token."""
+        return self.offset - self.shift
+
+    def renumber(self) -> bool:
+        """If it is time to, give the tokens held the rotary positions 0, 1, 2 …"""
+        when = self.renumbering
+        if when is None or not self.evicted or not when.is_due(self.offset):
+            return False
+        assert self.positions is not None
+        order = self.order()
+        before = self._held(self.rotary, order)
+        positions = self.held_positions()
+        self.journal = self.journal.with_renumbered(
+            Renumbered(
+                self.newest,
+                self.shift,
+                positions,
+                positions if before is None else before,
+            )
+        )
+        if self.victim is None:
+            # They lie in order. Past them nothing is read.
+            number = self._positions(self.keys, 0, self.positions.shape[2])
+        else:
+            number = mx.argsort(_by_age(self.positions, self.victim), axis=-1)
+        self.rotate(number.astype(mx.int32))
+        self.shift = self.offset - self.size()
+        return True
+
+    def _rotate_back(self, before: Renumbered) -> None:
+        """Take a renumbering back, of the tokens that are held now."""
+        assert self.rotary is not None
+        positions = self.positions
+        if positions is None:
+            positions = self._positions(self.keys, 0, self.keys.shape[2])
+        now, then = (np.array(p) for p in (positions, before.positions))
+        rotary, old = np.array(self.rotary), np.array(before.rotary)
+        for place in np.ndindex(now.shape[:2]):
+            found = np.searchsorted(then[place], now[place]).clip(max=then.shape[2] - 1)
+            known = then[place][found] == now[place]
+            # Others were evicted before it, so they have the positions of before.
+            rotary[place] = np.where(known, old[place][found], rotary[place])
+        self.rotate(to_mlx(rotary))
+        self.shift = before.shift
+        if not self.shift:
+            self.rotary = self.stored_rotary = None
 
     def remember(self, scores: mx.array) -> None:
         """Store the scores [B, H', n] of the first n slots, if the rule has memory."""
@@ -228,21 +299,22 @@ class Slots(SlotFields):
             return mx.zeros((1, 1, 0), mx.int32)
         if self.positions is None:
             return self._positions(self.keys, 0, self.size())
-        return self._held(self.positions, self._order())
+        return self._held(self.positions, self.order())
 
     def held_entries(self) -> tuple[Entries, Entries]:
         """Keys and values held, in the order of `held_positions`."""
-        order = self._order()
-        return self._held(self.keys, order), self._held(self.values, order)
+        order = self.order()
+        return self._held(self.keys_to_read, order), self._held(self.values, order)
 
     def _log(self, columns: Any) -> None:
         """Into the journal with columns [B, H', n], the last of the last step."""
         n = columns.shape[2]
-        logged = [
-            None if entries is None else gather(entries, columns)
-            for entries in (self.keys, self.values, self.positions, self.value_norms)
-        ]
-
+        there = [self.keys, self.values, self.positions, self.value_norms]
+        if self.renumbering is not None:
+            rotary = self.positions if self.rotary is None else self.rotary
+            stored = rotary if self.stored_rotary is None else self.stored_rotary
+            there += [rotary, stored if self.keeps_stored else None]
+        logged = [None if e is None else gather(e, columns) for e in there]
         first = self.offset - n
         self.journal = self.journal.with_evicted(
             *(Evicted(first + i, *(_token(e, i) for e in logged)) for i in range(n))
@@ -273,7 +345,7 @@ class Slots(SlotFields):
         back = self.journal.evicted_since(to)
         # The victim was evicted at the last step, so it was there before `to`.
         n = self.size() if self.victim is None else self.keys.shape[2]
-        for name in ("keys", "values", "positions", "value_norms"):
+        for name in Evicted._fields[1:]:
             if (entries := getattr(self, name)) is not None:
                 parts = [first_slots(entries, n), *(getattr(e, name) for e in back)]
                 setattr(self, name, join(parts))
@@ -302,7 +374,7 @@ class Slots(SlotFields):
             if (entries := getattr(self, name)) is not None:
                 setattr(self, name, pad(entries, 0, spare))
 
-    def _order(self) -> mx.array | None:
+    def order(self) -> mx.array | None:
         """Slots held in order of position [B, H', size()]; None: the first ones."""
         if self.victim is None:
             return None
@@ -320,9 +392,14 @@ def _token(entries: Any, i: int) -> Any:
 
 def _in_order(positions: Any, victim: mx.array, n: int) -> mx.array:
     """The first n slots in order of position, the victim's left out."""
+    return _by_age(positions, victim)[..., :n]
+
+
+def _by_age(positions: Any, victim: mx.array) -> mx.array:
+    """All slots in order of position, the victim's last."""
     slots = mx.arange(positions.shape[2])
     positions = mx.where(slots == victim, _LAST, positions)
-    return mx.argsort(positions, axis=-1)[..., :n]
+    return mx.argsort(positions, axis=-1)
 
 
 def _ordered_scores(before: ScoresBefore, n: int) -> mx.array:

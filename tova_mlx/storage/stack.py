@@ -29,15 +29,16 @@ class Stack(SlotFields):
         keys, values: the next step's [B, n_kv_heads, 1, head_dim], for shapes.
 
     Attributes:
-        offsets: tokens seen, per row.
+        offsets: tokens seen, per row; shifts: how far rotary positions are behind.
         victim: as in `SlotFields`; read only for rows that have evicted. Positions are
             always there.
     """
 
     def __init__(self, parts: Sequence[Slots], keys: mx.array, values: mx.array):
-        super().__init__(parts[0].rule, parts[0].storage)
+        super().__init__(parts[0].rule, parts[0].storage, parts[0].renumbering)
         rule, heads = self.rule, parts[0].eviction_heads(keys)
         self.offsets = [p.offset for p in parts]
+        self.shifts = [p.shift for p in parts]
         n = slots_to_allocate(max(p.size() for p in parts) + 1, rule.max_size)
         stored = self.storage.store(keys[:1], values[:1])
         empty = {
@@ -49,13 +50,18 @@ class Stack(SlotFields):
         }
         if rule.value_weighted:
             empty["value_norms"] = mx.zeros((1, keys.shape[1], 0))
+        for name in ("rotary", "stored_rotary"):
+            there = any(getattr(p, name) is not None for p in parts)
+            empty[name] = empty["positions"] if there else None
         for name, nothing in empty.items():
             if nothing is None:
                 continue
             rows = []
             for part in parts:
                 row = getattr(part, name) if part.keys is not None else nothing
-                if row is None:  # positions of a row that has not evicted
+                if row is None:  # of a row that was not renumbered, or has not evicted
+                    row = part.positions
+                if row is None:
                     row = position_range(1, heads, 0, part.taken)
                 rows.append(pad(first_slots(row, part.taken), 0, n - part.taken))
             setattr(self, name, join(rows, axis=0))
@@ -108,14 +114,23 @@ class Stack(SlotFields):
             self._grow(slots_to_allocate(n, limit))
         slot = self._next_slot()
         new = mx.broadcast_to(self.newest + 1, slot.shape)
-        self.write_tokens(slot, keys, values, new)
+        shift = mx.array(self.shifts, mx.int32)[:, None, None]
+        self.write_tokens(slot, keys, values, new, shift)
         if self.scores is not None:
             self.scores = write(self.scores, mx.zeros(slot.shape), slot)
         self.offsets = [o + 1 for o in self.offsets]
         free = mx.array([tokens_held(o, limit) for o in self.offsets], mx.uint32)
         self._slot = mx.broadcast_to(free[:, None, None], slot.shape)
         self.victim = None
-        return first_slots(self.keys, n), first_slots(self.values, n)
+        return first_slots(self.keys_to_read, n), first_slots(self.values, n)
+
+    @property
+    def renumbers(self) -> bool:
+        """Whether the tokens of a row are to be renumbered now."""
+        when, limit = self.renumbering, self.rule.max_size
+        if when is None or limit is None:
+            return False
+        return any(o > limit and when.is_due(o) for o in self.offsets)
 
     def mark(self, victim: mx.array) -> None:
         """Mark the slots [B, H', 1] of the tokens that full rows evict now."""
@@ -128,8 +143,8 @@ class Stack(SlotFields):
 
     def part(self, row: int, journal: int) -> Slots:
         """Return one row by itself, in arrays of its own, with an empty journal."""
-        part = Slots(self.rule, journal, self.storage)
-        part.offset = self.offsets[row]
+        part = Slots(self.rule, journal, self.storage, self.renumbering)
+        part.offset, part.shift = self.offsets[row], self.shifts[row]
         here = slice(row, row + 1)
         if part.evicted:
             part.victim = mx.contiguous(self._next_slot()[here])
@@ -139,6 +154,8 @@ class Stack(SlotFields):
                     n = part.taken
                     own = each(lambda a, n=n: mx.contiguous(a[here, :, :n]), entries)
                     setattr(part, name, own)
+        if not part.shift:
+            part.rotary = part.stored_rotary = None
         # Now: what waits would keep all rows alive, and turn their next write in
         # place into a copy.
         mx.eval([a for entries in part.arrays for a in arrays_of(entries)])

@@ -11,8 +11,9 @@ import numpy as np
 
 from ..errors import CacheStateError
 from ..policies import POLICIES, Rule, resolve_options
-from .entries import Entries, arrays_of, is_plain
+from .entries import Entries, arrays_of, first_slots, gather, is_plain
 from .formats import Storage
+from .rotation import Renumbering
 from .slots import Slots
 
 _VERSION = 1
@@ -41,9 +42,13 @@ def to_state(slots: Slots, **how: Any) -> tuple[Any, ...]:
         "storage": slots.storage.as_json(),
         **how,
     }
-    keys, values, *others = slots.arrays
+    keys, values, *others, rotary, stored, victim = slots.arrays
+    if slots.renumbering is not None:
+        config["renumbering"] = slots.renumbering.as_json()
+        config["shift"] = slots.shift
+        others += [rotary, stored]
     entries = (_plain(keys), _plain(values))
-    return (*entries, *others, slots.offset, json.dumps(config))
+    return (*entries, *others, victim, slots.offset, json.dumps(config))
 
 
 def from_state(state: tuple[Any, ...]) -> tuple[Slots, dict[str, Any]]:
@@ -61,10 +66,18 @@ def from_state(state: tuple[Any, ...]) -> tuple[Slots, dict[str, Any]]:
             raise ValueError(f"shares={how['shares']!r}")
         rule = _rule(config["rule"])
         stored = Storage.from_json(config["storage"])
-        slots = Slots(rule, config["journal"], stored)
+        renumbering = config.get("renumbering")
+        if renumbering is not None:
+            renumbering = Renumbering.from_json(renumbering)
+        slots = Slots(rule, config["journal"], stored, renumbering)
         slots.keys = _entries(keys, stored.keys)
         slots.values = _entries(values, stored.values)
-        slots.positions, slots.scores, slots.value_norms, slots.victim = others
+        slots.positions, slots.scores, slots.value_norms, *others, slots.victim = others
+        if renumbering is not None:
+            slots.rotary, slots.stored_rotary = others
+            slots.shift = config["shift"]
+        elif others:
+            raise ValueError("rotary positions, but nothing is renumbered")
         if rule.score is not None:
             # Earlier versions kept the norms of keys.
             slots.value_norms = None
@@ -130,6 +143,7 @@ def _check(slots: Slots) -> None:
     # First: nothing may be read by slot before that is known to be inside.
     _check_shapes(slots, slots.keys, slots.values)
     _check_positions(slots)
+    _check_rotary(slots)
     _check_numbers(slots)
 
 
@@ -147,12 +161,14 @@ def _check_shapes(slots: Slots, keys: Entries, values: Entries) -> None:
     if n < slots.taken or (limit is not None and n > limit + 1):
         raise ValueError(f"{n} slots for {slots.size()} tokens")
     heads = (shape[0], slots.eviction_heads(keys))
-    remembers = bool(rule.memory)
+    remembers, moved = bool(rule.memory), bool(slots.shift)
     # Shape, type, whether it may be there and whether it must.
     expected = {
         "positions": ((*heads, n), mx.int32, True, slots.evicted),
         "scores": ((*heads, n), mx.float32, remembers, remembers and slots.offset),
         "value_norms": (shape, mx.float32, rule.value_weighted, rule.value_weighted),
+        "rotary": ((*heads, n), mx.int32, moved, moved),
+        "stored_rotary": ((*heads, n), mx.int32, *[slots.keeps_stored and moved] * 2),
         "victim": ((*heads, 1), mx.uint32, True, False),
     }
     for name, (shape, dtype, may, must) in expected.items():
@@ -189,6 +205,34 @@ def _check_positions(slots: Slots) -> None:
         and _end(there, recent + newest if rule.by_age else newest, offset)
     ):
         raise ValueError(f"positions that {rule.policy} cannot hold")
+
+
+def _check_rotary(slots: Slots) -> None:
+    """Rotary positions follow the order of tokens, and the newest has the last."""
+    shift, when = slots.shift, slots.renumbering
+    if isinstance(shift, bool) or not isinstance(shift, int):
+        raise ValueError(f"rotary positions that are {shift!r} behind")
+    if not shift:
+        return
+    if when is None or not slots.evicted or not 0 < shift <= slots.offset:
+        raise ValueError(f"rotary positions that are {shift} behind")
+    # The last renumbering left as many as are held.
+    if (slots.offset - shift - slots.size()) > when.period:
+        raise ValueError("rotary positions that are too far on")
+    order = slots.order()
+    rotary, positions = (
+        np.array(first_slots(a, slots.size()) if order is None else gather(a, order))
+        for a in (slots.rotary, slots.positions)
+    )
+    since = slots.offset - (slots.offset - shift - slots.size())
+    late = positions >= since
+    if not (
+        (np.diff(rotary) > 0).all()
+        and (rotary >= 0).all()
+        and (rotary < slots.next_rotary).all()
+        and (rotary[late] == positions[late] - shift).all()
+    ):
+        raise ValueError("rotary positions that no renumbering gives")
 
 
 def _begin(positions: Any, n: int) -> bool:
