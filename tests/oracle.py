@@ -27,6 +27,7 @@ class Token:
 class Held:
     position: int
     score: float = 0.0
+    rotary: int = 0
 
 
 @dataclass
@@ -42,7 +43,13 @@ class Step:
 class Layer:
     """The state of a policy after some tokens; `rule` as `Rule.as_dict()` gives it."""
 
-    def __init__(self, rule, n_heads, n_kv_heads, scale, sinks=None, once=False):
+    def __init__(
+        self, rule, n_heads, n_kv_heads, scale, sinks=None, once=False, rotation=None
+    ):
+        # With rotation (period, function of a vector and an angle's position): keys and
+        # queries are told unrotated.
+        self.period, self.rotate = rotation or (0, None)
+        self.next = 0
         self.rule, self.n_heads, self.n_kv_heads = rule, n_heads, n_kv_heads
         self.scale, self.sinks, self.once = scale, sinks, once
         self.group = n_heads // n_kv_heads
@@ -51,7 +58,7 @@ class Layer:
         self.choosers = np.split(heads, n_kv_heads) if per_head else [heads]
         self.tokens: list[Token] = []
         self.held: list[list[Held]] = [[] for _ in self.choosers]
-        self.past: list[list[list[Held]]] = []
+        self.past: list[tuple[int, list[list[Held]]]] = []
 
     @property
     def limit(self):
@@ -64,7 +71,7 @@ class Layer:
         """As if the newest n tokens had not come."""
         if n > 0:
             to = max(0, len(self.tokens) - n)
-            self.held = self.past[to]
+            self.next, self.held = self.past[to]
             del self.tokens[to:], self.past[to:]
 
     def read(self, queries, tokens, bias, forced=None):
@@ -84,13 +91,19 @@ class Layer:
                     self._evict(c, held, steps[-1], forced or {})
         return steps
 
-    def attend(self, query, places, bias, uid, heads=None):
+    def key(self, kv, position, rotary):
+        """The key [D] of a token, as it is at a rotary position."""
+        key = self.tokens[position].key[kv]
+        return self.rotate(key, rotary) if self.rotate else key
+
+    def attend(self, query, places, bias, uid, heads=None, rotary=None):
         """Weights per head and outputs [n_heads, ·] of one query over positions."""
+        rotary = rotary or places
         weights, outputs = {}, {}
         for h in range(self.n_heads) if heads is None else heads:
             kv = h // self.group
-            keys = np.array([self.tokens[p].key[kv] for p in places])
-            logits = keys @ query[h] * self.scale
+            keys = [self.key(kv, *p) for p in zip(places, rotary, strict=True)]
+            logits = np.array(keys) @ query[h] * self.scale
             logits = logits + [bias(uid, self.tokens[p].uid) for p in places]
             top = max(logits.max(), -np.inf if self.sinks is None else self.sinks[h])
             e = np.exp(logits - top)
@@ -101,15 +114,21 @@ class Layer:
 
     def _step(self, query, token, bias, forced, evict):
         position = len(self.tokens)
-        self.past.append([[Held(h.position, h.score) for h in c] for c in self.held])
+        held = [[Held(h.position, h.score, h.rotary) for h in c] for c in self.held]
+        self.past.append((self.next, held))
         self.tokens.append(token)
+        rotary, self.next = self.next, self.next + 1
+        if self.rotate:
+            query = [self.rotate(q, rotary) for q in query]
         out, seen = [None] * self.n_heads, []
         step = Step(np.zeros(0), seen)
         for c, (heads, held) in enumerate(zip(self.choosers, self.held, strict=True)):
-            held.append(Held(position))
+            held.append(Held(position, rotary=rotary))
             places = [h.position for h in held]
             seen.append(places)
-            weights, outputs = self.attend(query, places, bias, token.uid, heads)
+            weights, outputs = self.attend(
+                query, places, bias, token.uid, heads, [h.rotary for h in held]
+            )
             for h in heads:
                 out[h] = outputs[h]
             received = np.zeros(len(held))
@@ -124,6 +143,12 @@ class Layer:
             if evict and len(held) > self.limit:
                 self._evict(c, held, step, forced)
         step.output = np.array(out)
+        n = len(self.tokens)
+        if self.period and n > self.limit and n % self.period == 0:
+            for held in self.held:
+                for i, h in enumerate(held):
+                    h.rotary = i
+            self.next = self.limit
         return step
 
     def _evict(self, c, held, step, forced):
@@ -158,7 +183,7 @@ class Layer:
         for kv in kv_heads:
             unit = {}
             for h in held:
-                key = self.tokens[h.position].key[kv]
+                key = self.key(kv, h.position, h.rotary)
                 length = np.linalg.norm(key)
                 unit[h.position] = key / length if length else key * 0
             mean = np.mean(list(unit.values()), axis=0)

@@ -17,7 +17,7 @@ from ..attention.evict import (
 )
 from ..attention.softmax import attend_newest, plain_attention
 from ..eviction import window_mask
-from ..storage.entries import Entries, to_mlx
+from ..storage.entries import Entries, first_slots, to_mlx
 from ..storage.fields import position_range
 from ..storage.slots import Slots
 
@@ -95,10 +95,10 @@ def attend_in_parts(
 
     The model has rotated it as one; each part is rotated on to where it belongs.
     """
-    when, rule = slots.renumbering, slots.rule
+    when = slots.renumbering
     assert when is not None
     outputs, start, length = [], 0, chunk.length
-    columns = _Columns(slots, length)
+    whole = _Mask(slots, args.array_mask, queries)
     first = slots.next_rotary
     while start < length:
         stop = min(length, start + when.rest(slots.offset))
@@ -110,55 +110,63 @@ def attend_in_parts(
                 when.rotated(a.astype(mx.float32), was, now).astype(a.dtype)
                 for a in (asked, new[0])
             )
-        mask = columns.cut_mask(args, slots, queries, start, stop)
-        if rule.by_age:
-            mask = _windowed(slots, stop - start, mask)
-        entries = store(slots, Chunk(*new))
-        part = args.with_mask(mask if mask is not None else "causal")
-        outputs.append(attend(slots, asked, *entries, part, once=False).output)
+        if stop - start == 1:
+            entries = store(slots, Chunk(*new))
+            # It lies where a victim was, so columns are not in order.
+            mask = whole.cut(_positions(slots, entries[0].shape[2]), start, stop)
+        else:
+            there = slots.held_positions()
+            own = position_range(*there.shape[:2], slots.offset, stop - start)
+            mask = whole.cut(mx.concatenate([there, own], axis=2), start, stop)
+            mask = _without_evicted(slots, stop - start, mask)
+            entries = store(slots, Chunk(*new))
+        attended = attend(slots, asked, *entries, args.with_mask(mask), once=False)
+        outputs.append(attended.output)
         slots.renumber()
         start = stop
     return mx.concatenate(outputs, axis=2)
 
 
-class _Columns:
-    """Which columns of a chunk's mask [.., L, held + L] are held when a part comes."""
+class _Mask:
+    """The model's mask for a chunk, of which each part takes its own.
 
-    def __init__(self, slots: Slots, length: int):
-        self._held, self._offset = slots.held_positions(), slots.offset
-        self._length = length
+    mask: broadcast to [B, n_heads, L, held + L], or None.
+    """
 
-    def cut_mask(
-        self,
-        args: AttentionArgs,
-        slots: Slots,
-        queries: mx.array,
-        start: int,
-        stop: int,
-    ) -> mx.array | None:
-        """Return the model's mask, if it is an array, for the part that comes now."""
-        if args.array_mask is None:
+    def __init__(self, slots: Slots, mask: mx.array | None, queries: mx.array):
+        self._held, self._seen = slots.held_positions(), slots.offset
+        self._args, self._queries = AttentionArgs(1.0, mask), queries
+
+    def cut(self, positions: mx.array, start: int, stop: int) -> mx.array | None:
+        """Return that of some queries; positions: int32 [B, H', n], of its columns."""
+        if self._args.mask is None:
             return None
-        batch, n = queries.shape[0], self._held.shape[2]
-        positions = slots.held_positions()
-        if slots.offset == 0:
-            positions = mx.zeros((batch, 1, 0), mx.int32)
+        n = self._held.shape[2]
         before = (self._held[:, :, None] < positions[..., None]).sum(axis=-1)
-        after = n + positions - self._offset
-        held = mx.where(positions < self._offset, before, after).astype(mx.int32)
-        own = position_range(batch, held.shape[1], n + start, stop - start)
-        block = Block(start, stop, mx.concatenate([held, own], axis=2), False)
-        return block.cut_mask(args, queries, n + self._length)
+        after = n + positions - self._seen
+        columns = mx.where(positions < self._seen, before, after).astype(mx.int32)
+        block = Block(start, stop, columns, False)
+        return block.cut_mask(self._args, self._queries, n + self._queries.shape[2])
 
 
-def _windowed(slots: Slots, length: int, mask: mx.array | None) -> mx.array | None:
-    """The mask of a part, of which those are hidden that were evicted by age."""
-    limit = slots.rule.max_size
-    if length == 1 or limit is None or slots.offset + length <= limit + 1:
-        return mask
-    window = to_mlx(window_mask(slots.rule, slots.offset, length))
-    if mask is None:
-        return window
-    if mask.dtype == mx.bool_:
-        return mask & window
-    return mx.where(window, mask, mx.array(-mx.inf, mask.dtype))
+def _positions(slots: Slots, n: int) -> mx.array:
+    """The positions of the first n slots, int32 [B, H', n]."""
+    if slots.positions is None:
+        heads = slots.eviction_heads(slots.keys)
+        return position_range(slots.keys.shape[0], heads, 0, n)
+    return first_slots(slots.positions, n)
+
+
+def _without_evicted(
+    slots: Slots, length: int, mask: mx.array | None
+) -> mx.array | str:
+    """The mask of a part that is stored next, "causal" if nothing else is hidden."""
+    rule = slots.rule
+    if rule.by_age and slots.offset + length > (rule.max_size or 0) + 1:
+        window = to_mlx(window_mask(rule, slots.offset, length))
+        if mask is None:
+            return window
+        if mask.dtype == mx.bool_:
+            return mask & window
+        return mx.where(window, mask, mx.array(-mx.inf, mask.dtype))
+    return "causal" if mask is None else mask

@@ -23,6 +23,7 @@ from ..policies import Granularity
 from ..storage.entries import Entries, dequantized, to_mlx
 from ..storage.formats import storage_for
 from ..storage.observer import Callback, Observer
+from ..storage.rotation import Renumbering
 from ..storage.slots import Slots
 from ..storage.state import from_state, to_state
 from .base import Pending, PolicyCache, calling_module
@@ -55,6 +56,8 @@ class PolicyKVCache(PolicyCache):
             evicted; each costs the bytes of a token. 0: none.
         kv_bits: None, or 4 or 8 for quantised keys and values, or a pair for each;
             kv_group_size: values that share a scale, 32 or 64.
+        renumbering: when the tokens held get new rotary positions, and how the layer
+            rotates its keys; `make_prompt_cache(positions=...)` finds that out.
         options: the policy's own options, see `POLICIES[policy].options`.
 
     Raises:
@@ -75,6 +78,7 @@ class PolicyKVCache(PolicyCache):
         journal: int = JOURNAL,
         kv_bits: int | tuple[int, int] | None = None,
         kv_group_size: int = 64,
+        renumbering: Renumbering | None = None,
         **options: Any,
     ):
         made = CacheOptions.resolve(
@@ -84,6 +88,7 @@ class PolicyKVCache(PolicyCache):
             journal=journal,
             kv_bits=kv_bits,
             kv_group_size=kv_group_size,
+            renumbering=renumbering,
             **options,
         )
         self._configure(made)

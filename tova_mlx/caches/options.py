@@ -64,11 +64,13 @@ class CacheOptions:
         journal: int = JOURNAL,
         kv_bits: int | tuple[int, int] | None = None,
         kv_group_size: int = 64,
+        renumbering: Renumbering | None = None,
         **options: Any,
     ) -> CacheOptions:
         """Check the public options; those of `PolicyKVCache`. Raises OptionError."""
         stored = storage_for(kv_bits, kv_group_size)
-        return cls(resolve_options(policy, max_size, options), stored, prefill, journal)
+        rule = resolve_options(policy, max_size, options)
+        return cls(rule, stored, prefill, journal, renumbering)
 
     def describe(self) -> str:
         """Say all that decides what is held, for errors."""
