@@ -88,6 +88,14 @@ def windowed(rule: Rule, window_size: int, tokens: int) -> UnsupportedModelError
     )
 
 
+def unrotated(module: str, why: str) -> UnsupportedModelError:
+    """Return what to raise for a model whose positions cannot be renumbered."""
+    return UnsupportedModelError(
+        f"{module} {why}, so the tokens held cannot be given other positions. Use "
+        "positions='original', or another model."
+    )
+
+
 def attended_again(rule: Rule) -> UnsupportedModelError:
     """Return what to raise for a second attention to keys not known to be shared."""
     return UnsupportedModelError(

@@ -5,7 +5,7 @@ windows, state-space layers) is left alone.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -22,12 +22,12 @@ from ..caches.refusals import unseen
 from ..errors import TovaError, UnsupportedModelError
 from ..hooks import dispatcher
 from ..hooks.layers import leaves, total
-from ..policies import Rule
 from ..storage.formats import Storage
 from .budget import STEP, Budget, Fit, fit, parse_size
 from .fitting import fitted
 from .known import REFUSED
 from .report import Report, bound, describe, trace
+from .rotary import renumbering_for, rotations_of
 
 # What a model bounds itself.
 _BOUNDED = (mlx_lm_cache.ArraysCache, mlx_lm_cache.RotatingKVCache)
@@ -42,6 +42,7 @@ def make_prompt_cache(
     journal: int = JOURNAL,
     kv_bits: int | tuple[int, int] | None = None,
     kv_group_size: int = 64,
+    positions: str = "original",
     **options: Any,
 ) -> list[Any]:
     """One cache per layer of an mlx-lm model, for `prompt_cache=`.
@@ -55,12 +56,17 @@ def make_prompt_cache(
         prefill: "stepwise" or "once", see PolicyKVCache.
         journal: newest tokens that can be taken back, see PolicyKVCache.
         kv_bits, kv_group_size: quantised keys and values, see PolicyKVCache.
+        positions: "original": a token keeps the position at which it was read, as in
+            the paper; "compact": the tokens held are renumbered every 256 tokens, so
+            that positions stay below max_kv_size + 256; "auto": compact from where the
+            next position would leave the range that the model was trained for.
         options: the policy's own options.
 
     Raises:
         OptionError: a value that cannot work, or an option the policy does not read.
         UnsupportedModelError: the model attends where we cannot see its queries, or
-            does with its caches what a bounded one cannot be right with.
+            does with its caches what a bounded one cannot be right with; or, with
+            compact positions, does more with its keys than to rotate them.
     """
     made = _resolved(
         model,
@@ -71,6 +77,7 @@ def make_prompt_cache(
         journal=journal,
         kv_bits=kv_bits,
         kv_group_size=kv_group_size,
+        positions=positions,
         **options,
     )
     return _checked(model, made)
@@ -82,7 +89,7 @@ def _checked(model: nn.Module, made: CacheOptions) -> list[Any]:
     Raises UnsupportedModelError, OptionError.
     """
     caches = _bounded(model, made)
-    _check_model(model, made.rule, list(leaves(caches)))
+    _check_model(model, made, list(leaves(caches)))
     if made.storage.is_plain:
         return caches
     _check_quantised(model, caches)
@@ -111,8 +118,7 @@ def tokens_within(
         OptionError: too small for the policy, or a policy without a limit.
     """
 
-    def made_for(tokens: int) -> CacheOptions:
-        return CacheOptions.resolve(tokens, **options)
+    made_for = partial(_made, model, **options)
 
     most = partial(_most_bytes, model)
     return fit(model, budget, made_for, most, parts=parts, each=each, step=step)
@@ -123,7 +129,7 @@ def bytes_at_most(model: nn.Module, max_kv_size: int, **options: Any) -> int | N
 
     options: as in `make_prompt_cache`. Raises OptionError.
     """
-    return _most_bytes(model, CacheOptions.resolve(max_kv_size, **options))
+    return _most_bytes(model, _made(model, max_kv_size, **options))
 
 
 def _most_bytes(model: nn.Module, made: CacheOptions) -> int | None:
@@ -136,7 +142,16 @@ def _resolved(
     size = parse_size(max_kv_size)
     if isinstance(size, Budget):
         size = tokens_within(model, size, parts=rows, **options).tokens
-    return CacheOptions.resolve(size, **options)
+    return _made(model, size, **options)
+
+
+def _made(
+    model: nn.Module, tokens: int | None, *, positions: str = "original", **options: Any
+) -> CacheOptions:
+    """The options of a cache of so many tokens."""
+    made = CacheOptions.resolve(tokens, **options)
+    when = renumbering_for(model, positions, made.rule, _default_caches)
+    return made if when is None else replace(made, renumbering=when)
 
 
 def convert(
@@ -226,18 +241,25 @@ def _bounded(
     storages: of all caches, those in lists one by one, where they differ from `made`'s.
     """
     fitted_to = iter(storages)
+    rotations: Iterator[Any] = iter(())
+    if made.renumbering is not None:
+        rotations = iter(rotations_of(model, _default_caches))
 
     def bounded(cache: Any) -> Any:
         if type(cache) is mlx_lm_cache.CacheList:
             return mlx_lm_cache.CacheList(*map(bounded, cache.caches))
-        storage = next(fitted_to, made.storage)
+        storage, rotation = next(fitted_to, made.storage), next(rotations, None)
         if type(cache) is not mlx_lm_cache.KVCache:
             return cache
-        return new_cache(replace(made, storage=storage))
+        own = replace(made, storage=storage)
+        if own.renumbering is not None:
+            when = replace(own.renumbering, rotation=rotation)
+            own = replace(own, renumbering=when)
+        return new_cache(own)
 
     caches = [bounded(c) for c in _default_caches(model)]
     layers: Any = model.layers
-    if len(layers) > len(caches):
+    if len(layers) > len(caches) and made.renumbering is None:
         for cache in leaves(caches):
             if isinstance(cache, PolicyKVCache):
                 cache.share()
@@ -261,8 +283,9 @@ def _check_quantised(model: nn.Module, caches: list[Any]) -> None:
         ) from error
 
 
-def _check_model(model: nn.Module, rule: Rule, caches: list[Any]) -> None:
-    """Refuse a model, of which these are the new caches, that `rule` is wrong for."""
+def _check_model(model: nn.Module, made: CacheOptions, caches: list[Any]) -> None:
+    """Refuse a model, of which these are the new caches, that `made` is wrong for."""
+    rule = made.rule
     if rule.max_size is None:
         return
     names = {type(m).__module__ for m in model.modules()}
@@ -279,7 +302,7 @@ def _check_model(model: nn.Module, rule: Rule, caches: list[Any]) -> None:
             f"{type(model).__module__} has caches of its own kind, which {rule.policy} "
             "cannot bound. Use policy full, or another model."
         )
-    if rule.by_age:
+    if rule.by_age and made.renumbering is None:
         return
     if not any(dispatcher.is_seen(n) for n in names if n in sys.modules):
         raise unseen(type(model).__module__, rule.policy)
