@@ -67,6 +67,8 @@ class Setup:
     batch: int = 1
     # Tokens between two renumberings of rotary positions; 0: there are none.
     period: int = 0
+    # First tokens that are pinned.
+    pin: int = 0
 
     @property
     def rotation(self):
@@ -113,6 +115,8 @@ class Setup:
         )
         if self.shares:
             cache.share()
+        if self.pin:
+            cache.pin(self.pin)
         return cache
 
 
@@ -817,6 +821,7 @@ def setups(draw, batches=(1, 1, 2), heads=None):
         sinks=draw(st.booleans()),
         shares=not period and draw(st.integers(0, 3)) == 0,
         period=period,
+        pin=draw(st.sampled_from([0, 0, 0, 2, 9])) if batches != (1,) else 0,
         batch=draw(st.sampled_from(batches)),
     )
 

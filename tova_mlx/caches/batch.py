@@ -292,7 +292,9 @@ class BatchPolicyKVCache(PolicyCache):
 
     def _steps(self, length: int) -> bool:
         """Whether a chunk of this length is one token for every row."""
-        return length == 1 and not self._pads
+        # Rows that pin their first tokens, each its own, have rules of their own.
+        alike = all(row.rule == self._rows[0].rule for row in self._rows[1:])
+        return length == 1 and not self._pads and alike
 
     def _cut(self, length: int) -> list[Span]:
         """What of the next chunk is each row's own."""

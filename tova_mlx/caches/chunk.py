@@ -101,7 +101,7 @@ def attend_in_parts(
     whole = _Mask(slots, args.array_mask, queries)
     first = slots.next_rotary
     while start < length:
-        stop = min(length, start + when.rest(slots.offset))
+        stop = min(length, start + when.next_after(slots.offset) - slots.offset)
         asked, *new = (a[:, :, start:stop] for a in (queries, *chunk))
         behind = first + start, slots.next_rotary
         if behind[0] != behind[1]:
@@ -116,7 +116,8 @@ def attend_in_parts(
             mask = whole.cut(_positions(slots, entries[0].shape[2]), start, stop)
         else:
             there = slots.held_positions()
-            own = position_range(*there.shape[:2], slots.offset, stop - start)
+            batch, heads = there.shape[:2]
+            own = position_range(batch, heads, slots.offset, stop - start)
             mask = whole.cut(mx.concatenate([there, own], axis=2), start, stop)
             mask = _without_evicted(slots, stop - start, mask)
             entries = store(slots, Chunk(*new))
@@ -142,6 +143,9 @@ class _Mask:
         if self._args.mask is None:
             return None
         n = self._held.shape[2]
+        # Those of an empty cache do not know how many rows there are.
+        shape = (self._queries.shape[0], *positions.shape[1:])
+        positions = mx.broadcast_to(positions, shape)
         before = (self._held[:, :, None] < positions[..., None]).sum(axis=-1)
         after = n + positions - self._seen
         columns = mx.where(positions < self._seen, before, after).astype(mx.int32)

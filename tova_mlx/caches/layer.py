@@ -111,7 +111,8 @@ class PolicyKVCache(PolicyCache):
         dispatcher.install()
         trimming.install()
         register()
-        super().__init__(options.rule, shares)
+        # That of the slots may pin a conversation's first tokens.
+        super().__init__(options.rule if slots is None else slots.rule, shares)
         self.options = options
         if slots is None:
             slots = Slots(
@@ -168,6 +169,19 @@ class PolicyKVCache(PolicyCache):
     def share(self) -> None:
         """Let other layers attend to what this one does, as of the next update."""
         self._shared = Shared(shares=True)
+
+    def pin(self, n: int) -> None:
+        """Protect the first n tokens from eviction, at most half of `max_size`.
+
+        Raises CacheStateError: tokens were seen already.
+        """
+        if self.seen:
+            raise CacheStateError(
+                f"{self.rule.policy}: tokens are pinned before any is seen, and "
+                f"{self.seen} were. Start a new cache."
+            )
+        self._slots = self._slots.twin()
+        self.rule = self._slots.rule = self.options.rule.pinning(n)
 
     def observe(self, callback: Callback | None) -> None:
         """Call back for every eviction from now on; None ends it.
@@ -374,7 +388,12 @@ class PolicyKVCache(PolicyCache):
     @property
     def state(self) -> tuple[Any, ...]:
         """Arrays and scalars that `from_state` rebuilds the cache from."""
-        return to_state(self._attended(), prefill=self.prefill, shares=self.shares)
+        return to_state(
+            self._attended(),
+            self.options.rule,
+            prefill=self.prefill,
+            shares=self.shares,
+        )
 
     @state.setter
     def state(self, state: tuple[Any, ...]) -> None:
@@ -382,7 +401,7 @@ class PolicyKVCache(PolicyCache):
         journal = slots.journal.length
         try:
             made = CacheOptions(
-                slots.rule, slots.storage, how["prefill"], journal, slots.renumbering
+                how["rule"], slots.storage, how["prefill"], journal, slots.renumbering
             )
         except OptionError as error:
             raise CacheStateError(

@@ -75,4 +75,6 @@ class CacheOptions:
     def describe(self) -> str:
         """Say all that decides what is held, for errors."""
         said = {**self.rule.as_dict(), **self.storage.options()}
+        if self.renumbering is not None:
+            said["positions"] = str(self.renumbering)
         return ", ".join(f"{k}={v}" for k, v in said.items())

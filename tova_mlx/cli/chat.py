@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,6 +16,7 @@ from .options import (
     cache_options,
     check,
     model_option,
+    pin_option,
     sampling_options,
     settle_size,
 )
@@ -34,9 +36,10 @@ Ctrl-C stops an answer, or the reading of a question; twice: at once."""
 
 @click.command(short_help="A conversation in constant memory")
 @model_option
-@cache_options
+@partial(cache_options, positions="auto")
 @sampling_options
 @click.option("--system-prompt", help="Text of a system message at the start.")
+@pin_option
 def chat(**options: Any) -> None:
     """A conversation in constant memory; type /help in it for its commands
 
@@ -67,12 +70,24 @@ def chat(**options: Any) -> None:
         model,
         tokenizer,
         system_prompt=options["system_prompt"],
+        pin_system=options["pin_system"],
         max_tokens=options["max_tokens"],
         sampler=make_sampler(options["temp"], options["top_p"]),
         prefill_step_size=options["prefill_step_size"],
     )
+    from ..models.rotary import said_of
+
+    positions = said_of(model, options["positions"], conversation.caches)
     with _CtrlC.in_terminal() as ctrl_c:
-        read = _reader(path, options, ctrl_c)
+        limit = options["max_kv_size"]
+        rows = {
+            "model": path,
+            "policy": options["policy"],
+            "tokens held": "no limit" if options["policy"] == "full" else str(limit),
+            "positions": positions,
+            "pinned": _pinned(conversation),
+        }
+        read = _reader(rows, ctrl_c)
         while (line := read()) is not None:
             words = line.split(maxsplit=1)
             if not words:
@@ -139,20 +154,34 @@ def _accept_any_text() -> None:
             stream.reconfigure(errors=errors)
 
 
-def _reader(
-    path: str, options: dict[str, Any], ctrl_c: _CtrlC
-) -> Callable[[], str | None]:
-    """A function that gives the next line, None at the end."""
+def _pinned(conversation: "Conversation") -> str:
+    """How much of the system prompt stays."""
+    if not conversation.pin_system:
+        return "nothing"
+    whole, pinned = conversation.system_tokens, conversation.pinned
+    if pinned < whole and any(c.max_size for c in _bounded(conversation)):
+        return f"the first {pinned} of the system prompt's {whole} tokens"
+    return f"the system prompt, {whole} tokens"
+
+
+def _bounded(conversation: "Conversation") -> list[Any]:
+    from ..hooks.layers import leaves
+
+    return [c for c in leaves(conversation.caches) if hasattr(c, "pin")]
+
+
+def _reader(rows: dict[str, str], ctrl_c: _CtrlC) -> Callable[[], str | None]:
+    """A function that gives the next line, None at the end; rows: said at the start."""
     if not ctrl_c.installed:
+        said = ", ".join(f"{k}: {v}" for k, v in rows.items() if k != "model")
+        click.echo(said, err=True)
         return _read_pipe
     from mlx_lm.cli_ui import corridor_input, make_console, print_header_panel
 
     with suppress(ImportError):
         import readline  # noqa: F401  (gives `input` a history)
     console = make_console()
-    limit = "no limit" if options["policy"] == "full" else str(options["max_kv_size"])
-    rows = [("model", path), ("policy", options["policy"]), ("tokens held", limit)]
-    print_header_panel(console, "tova-mlx chat", [*rows, ("commands", "/help")])
+    print_header_panel(console, "tova-mlx chat", [*rows.items(), ("commands", "/help")])
 
     def read() -> str | None:
         while True:

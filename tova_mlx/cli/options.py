@@ -96,8 +96,8 @@ class KVSize(click.ParamType):
             self.fail(str(error).removeprefix("max_kv_size="), param, ctx)
 
 
-def cache_options(command: F) -> F:
-    """The options that decide what a layer keeps."""
+def cache_options(command: F, positions: str = "original") -> F:
+    """The options that decide what a layer keeps; positions: their default."""
     for option in reversed(
         [
             click.option(
@@ -164,10 +164,26 @@ def cache_options(command: F) -> F:
                 help="Exact token by token, or one cut per chunk (depends on "
                 "--prefill-step-size).",
             ),
+            click.option(
+                "--positions",
+                type=click.Choice(["original", "compact", "auto"]),
+                default=positions,
+                show_default=True,
+                help="Those at which tokens were read; or of the tokens held, numbered "
+                "anew every 256; or the latter from where the model's range ends.",
+            ),
         ]
     ):
         command = option(command)
     return command
+
+
+pin_option = click.option(
+    "--pin-system/--no-pin-system",
+    default=True,
+    show_default=True,
+    help="Keep the system prompt whatever the policy; at most half of the tokens held.",
+)
 
 
 def sampling_options(command: F) -> F:
@@ -243,7 +259,15 @@ def check_policy(policy: str, max_kv_size: Any, options: Mapping[str, Any]) -> N
 
 
 _NAMES = "|".join(
-    ("max_size", "max_kv_size", "prefill", "kv_bits", "kv_group_size", *POLICY_OPTIONS)
+    (
+        "max_size",
+        "max_kv_size",
+        "prefill",
+        "positions",
+        "kv_bits",
+        "kv_group_size",
+        *POLICY_OPTIONS,
+    )
 )
 # With a value; and without one, in a list of options or in "Leave kv_bits out".
 _GIVEN = re.compile(rf"(?:^|(?<= ))({_NAMES})=(?:'([^']*)'|(\w[\w./]*\b))")
@@ -303,5 +327,12 @@ def settle_size(
 
 def cache_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """The options of `cache_options` as arguments of `make_prompt_cache`."""
-    names = ("max_kv_size", "policy", "prefill", "kv_bits", "kv_group_size")
+    names = (
+        "max_kv_size",
+        "policy",
+        "prefill",
+        "kv_bits",
+        "kv_group_size",
+        "positions",
+    )
     return {k: options[k] for k in names} | given(options)

@@ -14,7 +14,7 @@ import click
 
 from ..errors import ModelLoadError, TovaError
 from .models import directory
-from .options import cache_options, check, in_options, model_option
+from .options import cache_options, check, in_options, model_option, pin_option
 from .tools import replaced, run_tool
 
 
@@ -37,10 +37,15 @@ from .tools import replaced, run_tool
     show_default=True,
     help="Tokens drafted at a time, with --draft-model.",
 )
-@cache_options
+@partial(cache_options, positions="auto")
+@pin_option
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def serve(
-    arguments: tuple[str, ...], port: int, num_draft_tokens: int, **options: Any
+    arguments: tuple[str, ...],
+    port: int,
+    num_draft_tokens: int,
+    pin_system: bool,
+    **options: Any,
 ) -> None:
     """An OpenAI-compatible server in bounded memory
 
@@ -55,7 +60,14 @@ def serve(
     from mlx_lm import server
 
     from ..caches.options import JOURNAL
-    from ..hooks.server import Listener, PromptStore, Provider, request_handler
+    from ..hooks.server import (
+        Listener,
+        PromptStore,
+        Provider,
+        generator,
+        request_handler,
+    )
+    from ..models.conversion import pin_in_new_caches
 
     _make_hub_cache()
     unlimited = options["policy"] == "full"
@@ -70,6 +82,8 @@ def serve(
             handler_class=request_handler(most_drafts),
         ),
     }
+    if pin_system:
+        ours["ResponseGenerator"] = generator(pin_in_new_caches)
     told = {"--model": path, "--port": port, "--num-draft-tokens": num_draft_tokens}
     told |= shared.told
     given = [str(word) for pair in told.items() for word in pair]
@@ -87,6 +101,7 @@ def serve(
                 each=f"parts ({shared.rows} conversations at once, as much for stored "
                 "ones and for copies)",
                 budgeted=shared.budgeted,
+                pins=pin_system,
             )
         leave(0)
     except (OSError, OverflowError, UnicodeError) as error:

@@ -30,20 +30,24 @@ def run_tool(
     parts: int = 1,
     each: str = "conversations",
     budgeted: Callable[[int], Any] = lambda nbytes: None,
+    pins: bool = False,
 ) -> None:
     """Run `mlx_lm.<tool>` with its own arguments and our cache options.
 
     num_draft_tokens: how many tokens will be drafted at most, where `arguments` do not
     say it; parts, each: how many sets of caches share a budget, and what each is;
-    budgeted: is told the budget's bytes as soon as they are known.
+    budgeted: is told the budget's bytes as soon as they are known; pins: whether
+    conversations will pin their system prompts.
     """
     from ..hooks.blas import load_openblas
 
     load_openblas()
     import mlx.core as mx
+    from mlx_lm.models.cache import make_prompt_cache
 
     from ..caches.options import JOURNAL
     from ..models.conversion import convert
+    from ..models.rotary import said_of
     from .prompts import PromptFile, check_place
 
     if mx.distributed.init().size() > 1:
@@ -82,7 +86,15 @@ def run_tool(
                 convert, loaded[0], journal=journal, **cache_arguments(sized)
             )
             report = prompt.fit(loaded[0], bound) if prompt else bound()
-            click.echo(f"{name}: {_bound(report.totals, sized)}", err=True)
+            said = _bound(report.totals, sized)
+            bounded = sized["policy"] != "full"
+            if bounded and sized["positions"] != "original":
+                made = make_prompt_cache(loaded[0])
+                said += f", positions {said_of(loaded[0], sized['positions'], made)}"
+            if bounded and pins:
+                half = sized["max_kv_size"] // 2
+                said += f", system prompts of up to {half} tokens pinned"
+            click.echo(f"{name}: {said}", err=True)
             return loaded
 
         functions: dict[str, Any] = {"load": load}

@@ -4,6 +4,9 @@ A store whose caches have seen what the server believes, a check of requests, an
 listener for many clients at once. Knows nothing of the command line.
 """
 
+import copy
+import itertools
+from collections.abc import Callable
 from http.server import ThreadingHTTPServer
 from typing import Any
 
@@ -12,6 +15,7 @@ from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 
 from ..errors import UnsupportedModelError
 from .layers import leaves, seen
+from .template import beginning_of
 
 
 class PromptStore(LRUPromptCache):
@@ -20,7 +24,12 @@ class PromptStore(LRUPromptCache):
     The server stores caches under all tokens of a conversation, also if they have not
     seen the last of them: after speculative decoding the model's may lack one and the
     draft model's two, or all that were generated without a draft.
+
+    pinned: how many of the first tokens the conversation that is asked for next pins;
+    None: nothing is pinned.
     """
+
+    pinned: int | None = None
 
     def fetch_nearest_cache(
         self, model: Any, tokens: list[int]
@@ -34,6 +43,8 @@ class PromptStore(LRUPromptCache):
         if caches is None:
             return None, tokens
         parts = list(leaves(caches))
+        if not all(self._pins_as_many(c) for c in parts):
+            return None, tokens
         # A state-space layer does not say what it has seen, and gives nothing back.
         placed = [c for c in parts if seen(c) is not None]
         common = min([len(tokens) - max(1, len(rest)), *map(seen, placed)])
@@ -44,6 +55,54 @@ class PromptStore(LRUPromptCache):
         if not all(_take_back(c, seen(c) - common) for c in ahead):
             return None, tokens
         return caches, tokens[common:]
+
+    def _pins_as_many(self, cache: Any) -> bool:
+        options = getattr(cache, "options", None)
+        if options is None or self.pinned is None:
+            return True
+        return cache.rule == options.rule.pinning(self.pinned)
+
+
+def generator(pin: Callable[[Any, int], None]) -> type[server.ResponseGenerator]:
+    """Return mlx-lm's generation of answers, where each conversation pins its own.
+
+    That is all that comes before the text of its first question. pin: lets a model's
+    new caches pin their first tokens.
+    """
+
+    class Generator(server.ResponseGenerator):
+        def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
+            made = super()._tokenize(tokenizer, request, args)
+            n = self._beginning(tokenizer, request, args, made[0])
+            provider = self.model_provider
+            for model in (provider.model, provider.draft_model):
+                if model is not None:
+                    pin(model, n)
+            if isinstance(self.prompt_cache, PromptStore):
+                self.prompt_cache.pinned = n
+            return made
+
+        def _beginning(
+            self, tokenizer: Any, request: Any, args: Any, prompt: list[int]
+        ) -> int:
+            if request.request_type != "chat" or not tokenizer.has_chat_template:
+                return 0
+            told = lambda m: m["role"] == "system"  # noqa: E731
+            system = list(itertools.takewhile(told, request.messages))
+
+            def tokens_for(text: str) -> list[int]:
+                first = copy.copy(request)
+                first.messages = [
+                    *copy.deepcopy(system),
+                    {"role": "user", "content": text},
+                ]
+                return super(Generator, self)._tokenize(tokenizer, first, args)[0]
+
+            n = beginning_of(tokens_for)
+            # A template that begins otherwise in a longer conversation.
+            return n if tokens_for("a")[:n] == prompt[:n] else 0
+
+    return Generator
 
 
 def _take_back(cache: Any, n: int) -> bool:

@@ -17,7 +17,9 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ..errors import CacheStateError, PromptError, TovaError
 from ..hooks.layers import leaves, seen
+from ..hooks.template import beginning_of
 from ..hooks.trimming import trim_prompt_cache
+from .conversion import pin_tokens
 from .saved import load_prompt_cache, save_prompt_cache
 
 NOT_READ = (
@@ -37,6 +39,8 @@ class Conversation:
         model: from `mlx_lm.load`, converted (`tova_mlx.convert`).
         tokenizer: its tokenizer.
         system_prompt: text of a system message at the start.
+        pin_system: whether all that comes before the first question is kept, whatever
+            the policy; at most half of what a layer keeps.
         generate: options of every turn, as for `mlx_lm.stream_generate`.
     """
 
@@ -46,19 +50,20 @@ class Conversation:
         tokenizer: Any,
         *,
         system_prompt: str | None = None,
+        pin_system: bool = True,
         **generate: Any,
     ):
         self.model, self.tokenizer, self.options = model, tokenizer, generate
         if system_prompt is not None:
             system_prompt = _well_formed(system_prompt)
-        self.system_prompt = system_prompt
+        self.system_prompt, self.pin_system = system_prompt, pin_system
         self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
-        self.caches = make_prompt_cache(self.model)
         # The last question and answer, and whether the answer's end was generated.
         self._last: tuple[str, str, bool] | None = None
+        self.caches = self._new_caches()
 
     @property
     def begun(self) -> bool:
@@ -144,6 +149,33 @@ class Conversation:
             ) from error
         self.caches, self.system_prompt, self._last = caches, system_prompt, last
 
+    @property
+    def system_tokens(self) -> int:
+        """How many tokens come before the text of the first question."""
+        if self.tokenizer.chat_template is None:
+            return 0
+        try:
+            return beginning_of(
+                lambda text: self._encode(
+                    self._render([{"role": "user", "content": text}])
+                )
+            )
+        except PromptError:
+            # Said when there is a question.
+            return 0
+
+    @property
+    def pinned(self) -> int:
+        """How many tokens at the beginning are kept for good."""
+        rules = [getattr(c, "rule", None) for c in leaves(self.caches)]
+        return max((rule.pinned for rule in rules if rule is not None), default=0)
+
+    def _new_caches(self) -> list[Any]:
+        caches = make_prompt_cache(self.model)
+        if self.pin_system:
+            pin_tokens(caches, self.system_tokens)
+        return caches
+
     def _go_back(self, seen: list[Any]) -> bool:
         """Take back what came after `seen`; whether the layers are together then."""
         if None in seen:
@@ -179,7 +211,7 @@ class Conversation:
                 {"role": "assistant", "content": answer},
                 new,
             ]
-            return self._encode(self._render(known)), make_prompt_cache(self.model)
+            return self._encode(self._render(known)), self._new_caches()
         tokens = self._encode(rest)
         if ended and tokens[:1] and tokens[0] in self.tokenizer.eos_token_ids:
             tokens = tokens[1:]

@@ -5,7 +5,7 @@ windows, state-space layers) is left alone.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -150,6 +150,8 @@ def _made(
 ) -> CacheOptions:
     """The options of a cache of so many tokens."""
     made = CacheOptions.resolve(tokens, **options)
+    if made.prefill == "once" and positions == "auto":
+        return made
     when = renumbering_for(model, positions, made.rule, _default_caches)
     return made if when is None else replace(made, renumbering=when)
 
@@ -189,6 +191,24 @@ def revert(model: nn.Module) -> None:
             model.make_cache = maker.shadowed
 
 
+def pin_tokens(caches: Iterable[Any], n: int) -> int:
+    """Protect the first n tokens of new caches; return how many in the end.
+
+    It is at most half of what a layer keeps; 0 if nothing is bounded.
+    """
+    ours = [c for c in leaves(caches) if isinstance(c, PolicyKVCache)] if n else []
+    for cache in ours:
+        cache.pin(n)
+    return max((c.rule.pinned for c in ours), default=0)
+
+
+def pin_in_new_caches(model: nn.Module, n: int) -> None:
+    """Let the caches that a converted model makes from now on pin their first n."""
+    maker = vars(model).get("make_cache")
+    if isinstance(maker, _Maker):
+        maker.pinned = n
+
+
 class _Maker:
     """The `make_cache` of a converted model.
 
@@ -200,6 +220,8 @@ class _Maker:
         before = vars(model).get("make_cache")
         self.shadowed = before.shadowed if isinstance(before, _Maker) else before
         self.made = made
+        # First tokens that new caches pin, until it is set again.
+        self.pinned = 0
         self._model = ref(model)
 
     def __call__(self) -> list[Any]:
@@ -207,13 +229,16 @@ class _Maker:
         assert model is not None
         # What `convert` has checked is not checked for every request.
         storages = fitted(model, self.made.storage, _default_caches)
-        return _bounded(model, self.made, storages)
+        caches = _bounded(model, self.made, storages)
+        pin_tokens(caches, self.pinned)
+        return caches
 
     def __deepcopy__(self, memo: Any) -> "_Maker":
         # Of a model that is copied: it makes caches for the copy.
         model = self._model()
         twin = object.__new__(_Maker)
         twin.shadowed, twin.made = self.shadowed, self.made
+        twin.pinned = self.pinned
         twin._model = ref(memo.get(id(model), model))
         return twin
 

@@ -112,6 +112,25 @@ def renumbering_for(
     return Renumbering(trained - PERIOD + 1)
 
 
+def said_of(model: nn.Module, positions: str, caches: list[Any]) -> str:
+    """Say which positions the caches of a model have, and why.
+
+    positions: what was asked for.
+    """
+    ours = [c.options for c in leaves(caches) if hasattr(c, "options")]
+    when = next((o.renumbering for o in ours if o.renumbering is not None), None)
+    if when is not None or positions == "original" or not ours:
+        return str(when or "original")
+    limit, trained = ours[0].rule.max_size, trained_range(model)
+    if limit is None:
+        return "original: nothing is evicted"
+    if trained is None:
+        return "original: the model does not say for how many it was trained"
+    if limit + PERIOD > trained:
+        return f"original: within {trained:,} there is no room for {limit:,} tokens"
+    return "original: this model's cannot be renumbered"
+
+
 def rotations_of(
     model: nn.Module, caches_of: Callable[[nn.Module], list[Any]]
 ) -> list[Rotation | None]:

@@ -223,6 +223,12 @@ def _check_fits(
                 "the options it was saved with, or read the prompt again."
             )
         for a, b in zip(leaves([ours]), leaves([given]), strict=True):
+            pair = [getattr(c, "options", None) for c in (a, b)]
+            if len({o and o.renumbering for o in pair}) > 1:
+                raise CacheStateError(
+                    f"{path}: layer {layer} has keys that {name} rotates otherwise. "
+                    "Load the model that it was saved with."
+                )
             if not b.empty() and (have := _shapes(b)) != (want := _shapes(a)):
                 raise CacheStateError(
                     f"{path}: layer {layer} holds {have}, but {name} makes {want}. "

@@ -16,7 +16,7 @@ policy ranks in one of three ways:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -45,7 +45,8 @@ class Rule:
     """A policy with all its options resolved for one `max_size`.
 
     `max_size` is in tokens, None for no limit. `n_sinks` and `n_recent` count
-    protected tokens (first and newest), inside `max_size`.
+    protected tokens (first and newest), inside `max_size`. `pinned`: how many of the
+    first are so for one conversation's sake.
     """
 
     policy: str
@@ -58,6 +59,7 @@ class Rule:
     n_recent: int
     score: Score | None = None
     prepare: Prepare | None = None
+    pinned: int = 0
 
     @property
     def by_age(self) -> bool:
@@ -71,9 +73,21 @@ class Rule:
 
     def as_dict(self) -> dict[str, Any]:
         """The rule as JSON can hold it; `reads_keys` for a score of its own."""
-        functions = ("score", "prepare")
-        own = {k: v for k, v in vars(self).items() if k not in functions}
+        others = ("score", "prepare", "pinned")
+        own = {k: v for k, v in vars(self).items() if k not in others}
         return {**own, "reads_keys": self.score is not None}
+
+    def pinning(self, n: int) -> Rule:
+        """Return the rule that protects the first n tokens too, or half of them all.
+
+        Where no room is left, fewer of the newest are protected.
+        """
+        if self.max_size is None:
+            return self
+        pinned = min(n, self.max_size // 2)
+        sinks = max(self.n_sinks, pinned)
+        recent = min(self.n_recent, self.max_size - 1 - sinks)
+        return replace(self, n_sinks=sinks, n_recent=recent, pinned=pinned)
 
 
 @dataclass(frozen=True)

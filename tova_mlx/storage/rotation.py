@@ -93,13 +93,15 @@ class Renumbering:
     period: int = PERIOD
     rotation: Rotation | None = None
 
-    def rest(self, offset: int) -> int:
-        """Return how many more tokens come before the next renumbering."""
-        return max(self.period - offset % self.period, self._first - offset)
+    def __str__(self) -> str:
+        if not self.start:
+            return "compact"
+        return f"original up to {self.next_after(self.start - 1):,}, then compact"
 
-    @property
-    def _first(self) -> int:
-        return -(-self.start // self.period) * self.period
+    def next_after(self, offset: int) -> int:
+        """Return how many tokens are seen at the next renumbering after `offset`."""
+        first = -(-self.start // self.period) * self.period
+        return max(first, (offset // self.period + 1) * self.period)
 
     def is_due(self, offset: int) -> bool:
         """Whether it is now, with `offset` tokens seen."""

@@ -215,6 +215,8 @@ class Slots(SlotFields):
             return True
         if self.rule.memory and self.journal.scores_before(to) is None:
             return False
+        if not self._can_rotate_back(to):
+            return False
         evictions = 0 if limit is None else self.offset - max(to, limit)
         at_hand = len(self.journal.evicted_since(to)) + (self.victim is not None)
         return evictions <= at_hand
@@ -244,6 +246,15 @@ class Slots(SlotFields):
         """The rotary position of the next token."""
         return self.offset - self.shift
 
+    def _can_rotate_back(self, to: int) -> bool:
+        """Whether the first renumbering that came after `to` tokens is known."""
+        when, limit = self.renumbering, self.rule.max_size
+        if when is None or limit is None:
+            return True
+        first = when.next_after(max(to, limit))
+        known = self.journal.renumbered_since(to)
+        return first > self.offset or (known is not None and known.step == first - 1)
+
     def renumber(self) -> bool:
         """If it is time to, give the tokens held the rotary positions 0, 1, 2 …"""
         when = self.renumbering
@@ -266,6 +277,10 @@ class Slots(SlotFields):
             number = self._positions(self.keys, 0, self.positions.shape[2])
         else:
             number = mx.argsort(_by_age(self.positions, self.victim), axis=-1)
+            # The victim is not one of them, and may be taken back as it was.
+            there = self.positions if self.rotary is None else self.rotary
+            is_victim = mx.arange(number.shape[2]) == self.victim
+            number = mx.where(is_victim, there, number)
         self.rotate(number.astype(mx.int32))
         self.shift = self.offset - self.size()
         return True

@@ -30,14 +30,15 @@ _WRONG = (
 )
 
 
-def to_state(slots: Slots, **how: Any) -> tuple[Any, ...]:
+def to_state(slots: Slots, rule: Rule, **how: Any) -> tuple[Any, ...]:
     """Return what mlx-lm calls `state`: arrays or None, tokens seen, a JSON string.
 
-    how: `prefill` and `shares`, which are not of the slots.
+    rule: that of the cache, before a conversation pinned its first tokens; how:
+    `prefill` and `shares`, which are not of the slots.
     """
     config = {
         "version": _VERSION,
-        "rule": slots.rule.as_dict(),
+        "rule": rule.as_dict(),
         "journal": slots.journal.length,
         "storage": slots.storage.as_json(),
         **how,
@@ -47,12 +48,14 @@ def to_state(slots: Slots, **how: Any) -> tuple[Any, ...]:
         config["renumbering"] = slots.renumbering.as_json()
         config["shift"] = slots.shift
         others += [rotary, stored]
+    if slots.rule.pinned:
+        config["pinned"] = slots.rule.pinned
     entries = (_plain(keys), _plain(values))
     return (*entries, *others, victim, slots.offset, json.dumps(config))
 
 
 def from_state(state: tuple[Any, ...]) -> tuple[Slots, dict[str, Any]]:
-    """Return the slots and `how` of a `to_state`.
+    """Return the slots, and `rule` and `how` of a `to_state`.
 
     Raises CacheStateError for what is not such a state, or cannot be one.
     """
@@ -64,7 +67,11 @@ def from_state(state: tuple[Any, ...]) -> tuple[Slots, dict[str, Any]]:
         how = {name: config[name] for name in ("prefill", "shares")}
         if not isinstance(how["shares"], bool):
             raise ValueError(f"shares={how['shares']!r}")
-        rule = _rule(config["rule"])
+        rule = how["rule"] = _rule(config["rule"])
+        if (pinned := config.get("pinned", 0)) != 0:
+            rule = rule.pinning(pinned)
+            if rule.pinned != pinned:
+                raise ValueError(f"{pinned!r} pinned tokens")
         stored = Storage.from_json(config["storage"])
         renumbering = config.get("renumbering")
         if renumbering is not None:

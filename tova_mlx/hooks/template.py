@@ -1,0 +1,13 @@
+"""What a chat template puts before a conversation."""
+
+from collections.abc import Callable
+
+
+def beginning_of(tokens_for: Callable[[str], list[int]]) -> int:
+    """Return how many tokens are the same whatever the first question's text.
+
+    tokens_for: the prompt for a text as the first question.
+    """
+    one, other = tokens_for("a"), tokens_for("b")
+    differ = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differ, 0)
