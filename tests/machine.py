@@ -163,7 +163,7 @@ def bias_of(kind):
 def stored(rows, form):
     """Rows [H, D] as a cache of this format gives them back, each stored alone.
 
-    Of the format only its numbers are read: what is taken off, turned and how many bits.
+    Of the format only its numbers are read: what is taken off, how many bits.
     """
     if form is None:
         return rows.astype(np.float64)

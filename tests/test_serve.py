@@ -18,6 +18,7 @@ import pytest
 from mlx_lm import generate
 
 from tova_mlx import make_prompt_cache
+from tova_mlx.models.conversion import pin_tokens
 
 LIMIT = 128
 pytestmark = pytest.mark.real_model
@@ -83,13 +84,16 @@ def test_an_answer_is_that_of_the_library(client, demo):
     got = chat(client, [user(QUESTION)])
     assert got.usage.prompt_tokens > LIMIT
     assert got.usage.completion_tokens == 12
-    prompt = tokenizer.apply_chat_template([user(QUESTION)], add_generation_prompt=True)
+
+    def prompt_for(text):
+        return tokenizer.apply_chat_template([user(text)], add_generation_prompt=True)
+
+    caches = make_prompt_cache(model, LIMIT, positions="auto")
+    # What the template puts before a question is as long as it is up to there.
+    begins = prompt_for("a").index(tokenizer.encode("a")[-1])
+    assert pin_tokens(caches, begins) == begins
     want = generate(
-        model,
-        tokenizer,
-        prompt,
-        max_tokens=12,
-        prompt_cache=make_prompt_cache(model, LIMIT),
+        model, tokenizer, prompt_for(QUESTION), max_tokens=12, prompt_cache=caches
     )
     assert got.choices[0].message.content == want
 
