@@ -1,0 +1,127 @@
+"""Perplexity over a text far longer than a model was trained for, by positions.
+
+    python scripts/positions_curve.py TEXT [--tokens 61440] [--out results/positions]
+
+The demo model reads the text under one policy, exact token by token, with original and
+with automatic positions; one figure per 2,048 tokens. Some pages of a novel are harder
+than others, so there is a third line: each stretch read by a new cache that has seen
+only the 2,048 tokens before it. The ratio to that one is what positions cost. Written:
+a row per stretch, and a figure. The last line is JSON; exit 1 if automatic positions
+cost more than a tenth more than in the first 8,192 tokens anywhere.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from common import load_demo_model, provenance
+
+from tova_mlx import make_prompt_cache
+from tova_mlx.evaluation.plots import new_figure
+from tova_mlx.evaluation.reading import read
+from tova_mlx.models.rotary import trained_range
+
+STRETCH, STEP = 2048, 512
+FIRST, WITHIN = 8192, 1.1
+LINES = {"original": "#D55E00", "auto": "#0072B2", "fresh": "#999999"}
+
+
+def losses(model: Any, ids: list[int], caches: list[Any], before: int) -> list[float]:
+    """Mean loss of each stretch of ids, of which the first `before` are left out."""
+    found: list[float] = []
+    tokens = mx.array([ids])
+    for start, logits in read(model, tokens, caches, STEP):
+        n = min(logits.shape[1], len(ids) - 1 - start)
+        logits = logits[0, :n].astype(mx.float32)
+        wanted = tokens[0, start + 1 : start + 1 + n]
+        loss = mx.logsumexp(logits, axis=-1) - mx.take_along_axis(
+            logits, wanted[:, None], axis=-1
+        ).squeeze(-1)
+        if start >= before:
+            found.append(float(loss.sum()) / n)
+        if len(found) and len(found) % (STRETCH // STEP) == 0 and start >= before:
+            mean = sum(found[-(STRETCH // STEP) :]) / (STRETCH // STEP)
+            print(f"{start + n:7} tokens: {math.exp(mean):7.2f}", file=sys.stderr)
+    per = STRETCH // STEP
+    groups = [found[i : i + per] for i in range(0, len(found) - per + 1, per)]
+    return [sum(g) / len(g) for g in groups]
+
+
+def draw(rows: list[dict[str, Any]], trained: int | None, path: Path) -> None:
+    """Both curves, and what they cost beside a new cache."""
+    figure, axes = new_figure(7, 6, nrows=2, sharex=True)
+    ends = [row["tokens"] for row in rows]
+    for name, colour in LINES.items():
+        style = {"color": colour, "label": name, "marker": ".", "linewidth": 1.5}
+        axes[0].plot(ends, [row[name] for row in rows], **style)
+        if name != "fresh":
+            ratios = [row[name] / row["fresh"] for row in rows]
+            axes[1].plot(ends, ratios, **style)
+    axes[0].set_ylabel("perplexity of 2,048 tokens")
+    axes[1].set_ylabel("times that of a new cache")
+    axes[1].set_xlabel("tokens read")
+    axes[1].axhline(1, color="#999999", linewidth=1)
+    for ax in axes:
+        if trained is not None:
+            ax.axvline(trained, color="#999999", linestyle=":")
+        ax.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--tokens", type=int, default=61440)
+    parser.add_argument("--max-kv-size", type=int, default=512)
+    parser.add_argument("--policy", default="tova")
+    parser.add_argument("--out", type=Path, default=Path("results/positions"))
+    args = parser.parse_args()
+    model, tokenizer = load_demo_model()
+    ids = tokenizer.encode(args.text.read_text(encoding="utf-8"))[: args.tokens + 1]
+    if len(ids) <= args.tokens:
+        sys.exit(f"{args.text}: {len(ids)} tokens are too few for {args.tokens}.")
+
+    def cache(positions: str) -> list[Any]:
+        return make_prompt_cache(
+            model, args.max_kv_size, policy=args.policy, positions=positions
+        )
+
+    rows = [{"tokens": n + STRETCH} for n in range(0, args.tokens, STRETCH)]
+    for positions in ("original", "auto"):
+        print(positions, file=sys.stderr)
+        found = losses(model, ids, cache(positions), 0)
+        for row, loss in zip(rows, found, strict=True):
+            row[positions] = math.exp(loss)
+    for row in rows:
+        stop = row["tokens"]
+        before = min(STRETCH, stop - STRETCH)
+        part = ids[stop - STRETCH - before : stop + 1]
+        row["fresh"] = math.exp(losses(model, part, cache("original"), before)[0])
+    args.out.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row) for row in rows]
+    (args.out / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    draw(rows, trained_range(model), args.out / "positions.png")
+
+    def costs(name: str, first: bool) -> list[float]:
+        some = [r for r in rows if (r["tokens"] <= FIRST) == first]
+        return [r[name] / r["fresh"] for r in some]
+
+    report: dict[str, Any] = {"policy": args.policy, "max_kv_size": args.max_kv_size}
+    for name in ("original", "auto"):
+        at_first = sum(costs(name, True)) / len(costs(name, True))
+        report[name] = {
+            "cost_in_first_8192": at_first,
+            "most_times_that_later": max(costs(name, False), default=0) / at_first,
+        }
+    report |= {"tokens": args.tokens, "text": args.text.name, **provenance()}
+    (args.out / "summary.json").write_text(json.dumps(report) + "\n", encoding="utf-8")
+    print(json.dumps(report))
+    sys.exit(report["auto"]["most_times_that_later"] > WITHIN)
+
+
+if __name__ == "__main__":
+    main()
