@@ -14,6 +14,8 @@ import argparse
 import json
 import math
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -30,25 +32,34 @@ FIRST, WITHIN = 8192, 1.1
 LINES = {"original": "#D55E00", "auto": "#0072B2", "fresh": "#999999"}
 
 
-def losses(model: Any, ids: list[int], caches: list[Any], before: int) -> list[float]:
-    """Mean loss of each stretch of ids, of which the first `before` are left out."""
+def losses(model: Any, ids: list[int], caches: list[Any]) -> list[float]:
+    """Loss of each token of ids but the first."""
     found: list[float] = []
-    tokens = mx.array([ids])
-    for start, logits in read(model, tokens, caches, STEP):
-        n = min(logits.shape[1], len(ids) - 1 - start)
-        logits = logits[0, :n].astype(mx.float32)
-        wanted = tokens[0, start + 1 : start + 1 + n]
-        loss = mx.logsumexp(logits, axis=-1) - mx.take_along_axis(
-            logits, wanted[:, None], axis=-1
-        ).squeeze(-1)
-        if start >= before:
-            found.append(float(loss.sum()) / n)
-        if len(found) and len(found) % (STRETCH // STEP) == 0 and start >= before:
-            mean = sum(found[-(STRETCH // STEP) :]) / (STRETCH // STEP)
-            print(f"{start + n:7} tokens: {math.exp(mean):7.2f}", file=sys.stderr)
-    per = STRETCH // STEP
-    groups = [found[i : i + per] for i in range(0, len(found) - per + 1, per)]
-    return [sum(g) / len(g) for g in groups]
+    inputs, wanted = mx.array([ids[:-1]]), mx.array(ids[1:])
+    for start, logits in read(model, inputs, caches, STEP):
+        logits = logits[0].astype(mx.float32)
+        own = wanted[start : start + len(logits), None]
+        loss = mx.logsumexp(logits, axis=-1, keepdims=True) - mx.take_along_axis(
+            logits, own, axis=-1
+        )
+        found += loss[:, 0].tolist()
+    return found
+
+
+def line(name: str, ids: list[int], how: dict[str, Any]) -> list[float]:
+    """The perplexity of each stretch, for one line of the figure."""
+    model, _ = load_demo_model()
+    starts = range(0, len(ids) - 1, STRETCH)
+    if name != "fresh":
+        found = losses(model, ids, make_prompt_cache(model, positions=name, **how))
+        parts = [found[i : i + STRETCH] for i in starts]
+    else:
+        parts = []
+        for i in starts:
+            some = ids[max(0, i - STRETCH) : i + STRETCH + 1]
+            found = losses(model, some, make_prompt_cache(model, **how))
+            parts.append(found[-STRETCH:])
+    return [math.exp(sum(p) / len(p)) for p in parts]
 
 
 def draw(rows: list[dict[str, Any]], trained: int | None, path: Path) -> None:
@@ -78,33 +89,27 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=61440)
     parser.add_argument("--max-kv-size", type=int, default=512)
     parser.add_argument("--policy", default="tova")
+    parser.add_argument("--jobs", type=int, default=1, help="lines at once")
     parser.add_argument("--out", type=Path, default=Path("results/positions"))
     args = parser.parse_args()
     model, tokenizer = load_demo_model()
+    trained = trained_range(model)
+    del model
     ids = tokenizer.encode(args.text.read_text(encoding="utf-8"))[: args.tokens + 1]
     if len(ids) <= args.tokens:
         sys.exit(f"{args.text}: {len(ids)} tokens are too few for {args.tokens}.")
 
-    def cache(positions: str) -> list[Any]:
-        return make_prompt_cache(
-            model, args.max_kv_size, policy=args.policy, positions=positions
-        )
-
+    how = {"max_kv_size": args.max_kv_size, "policy": args.policy}
     rows = [{"tokens": n + STRETCH} for n in range(0, args.tokens, STRETCH)]
-    for positions in ("original", "auto"):
-        print(positions, file=sys.stderr)
-        found = losses(model, ids, cache(positions), 0)
-        for row, loss in zip(rows, found, strict=True):
-            row[positions] = math.exp(loss)
-    for row in rows:
-        stop = row["tokens"]
-        before = min(STRETCH, stop - STRETCH)
-        part = ids[stop - STRETCH - before : stop + 1]
-        row["fresh"] = math.exp(losses(model, part, cache("original"), before)[0])
+    with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
+        running = {name: pool.submit(line, name, ids, how) for name in LINES}
+        for name, future in running.items():
+            for row, perplexity in zip(rows, future.result(), strict=True):
+                row[name] = perplexity
     args.out.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row) for row in rows]
     (args.out / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    draw(rows, trained_range(model), args.out / "positions.png")
+    draw(rows, trained, args.out / "positions.png")
 
     def costs(name: str, first: bool) -> list[float]:
         some = [r for r in rows if (r["tokens"] <= FIRST) == first]

@@ -48,7 +48,9 @@ def stretch(model: Any, ids: list[int], caches: list[Any]) -> dict[str, Any]:
     mx.reset_peak_memory()
     began, loss = time.perf_counter(), 0.0
     tokens = mx.array([ids])
+    logits = tokens
     for start, logits in read(model, tokens, caches, STEP):
+        # What the last one predicts is not in the text.
         n = min(logits.shape[1], len(ids) - 1 - start)
         some = logits[0, :n].astype(mx.float32)
         wanted = tokens[0, start + 1 : start + 1 + n, None]

@@ -125,7 +125,7 @@ def test_an_answer_that_nobody_hears_to_its_end_was_given(small_start):
     heard = []
     for piece in other.ask(COUNT, stop=lambda: len(heard) == 3):
         heard.append(piece.text)
-    assert conversation._last == other._last == (COUNT, "".join(heard), False)
+    assert conversation._turns == other._turns == [(COUNT, "".join(heard), False)]
     assert seen(conversation) == seen(other)
     assert say(conversation, "Why?") == say(other, "Why?")
 
@@ -163,7 +163,8 @@ def test_a_question_that_was_not_read_to_its_end_was_not_asked(
     say(conversation, QUESTION)
     before, offset = held(conversation), seen(conversation)
     other = small_start(32, prefill_step_size=8, policy=policy)
-    other.caches, other._last = copy.deepcopy(conversation.caches), conversation._last
+    other.caches = copy.deepcopy(conversation.caches)
+    other._turns = list(conversation._turns)
     calls = []
 
     def fail(*_):
@@ -225,29 +226,65 @@ def test_a_step_of_an_answer_that_fails_is_taken_back(
     assert fails(conversation, where, error, monkeypatch) is True
     hear(other, COUNT, 3)
     assert [c.offset for c in conversation.caches] == [c.offset for c in other.caches]
-    assert conversation._last == other._last
+    assert conversation._turns == other._turns
     assert say(conversation, "Why?") == say(other, "Why?")
 
 
-def test_what_cannot_be_taken_back_is_said(small_start, monkeypatch):
-    conversation = small_start(32, policy="fade")
+def test_what_cannot_be_taken_back_is_read_again(small_start, monkeypatch):
+    conversation, other = (small_start(32, policy="fade") for _ in range(2))
+    for one in (conversation, other):
+        say(one, QUESTION)
     raised = fails(conversation, 0, RuntimeError("here"), monkeypatch)
     assert isinstance(raised, CacheStateError)
     assert "(here)" in str(raised)
-    assert "starts anew" in str(raised)
-    assert not conversation.begun
-    want = say(small_start(32, policy="fade"), QUESTION)
-    assert say(conversation, QUESTION) == want
+    assert "all that was said is read again" in str(raised)
+    hear(other, COUNT, 3)
+    assert conversation._turns == other._turns
+    assert conversation.is_unread
+    assert seen(conversation) == 0
+    # As a new conversation that is told all of it at once.
+    fresh = small_start(32, policy="fade")
+    want = read_at_once(fresh, [*other._turns, ("Why?", "", False)])
+    assert say(conversation, "Why?") == want
+    assert not conversation.is_unread
+    assert len(conversation._turns) == 3
     assert fails(conversation, 0, KeyboardInterrupt(), monkeypatch) is True
-    assert not conversation.begun
+    assert conversation.is_unread
+    assert len(conversation._turns) == 4
     # All layers have seen the same, if more than what was answered.
     conversation = small_start(32, policy="fade")
     assert fails(conversation, "after all", RuntimeError("here"), monkeypatch) is True
     assert conversation.begun
+    assert not conversation.is_unread
     assert say(conversation, "Why?")
 
 
-def test_a_model_with_other_states_starts_anew(demo, monkeypatch):
+def read_at_once(conversation, turns):
+    """The answer to the last question after all turns before it."""
+    messages = []
+    for question, answer, _ in turns:
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": answer})
+    prompt = conversation.tokenizer.apply_chat_template(
+        messages[:-1], add_generation_prompt=True
+    )
+    caches = conversation.caches
+    how = {"max_tokens": conversation.options["max_tokens"], "prompt_cache": caches}
+    return generate(conversation.model, conversation.tokenizer, prompt, **how)
+
+
+def test_what_is_unread_is_saved_so(small_start, monkeypatch, tmp_path):
+    conversation = small_start(32, policy="fade")
+    fails(conversation, 0, RuntimeError("here"), monkeypatch)
+    conversation.save(tmp_path / "chat.safetensors")
+    other = small_start(32, policy="fade")
+    other.load(tmp_path / "chat.safetensors")
+    assert other.is_unread
+    assert other._turns == conversation._turns
+    assert say(other, "Why?") == say(conversation, "Why?")
+
+
+def test_a_model_with_other_states_is_read_again(demo, monkeypatch):
     # Nothing says whether a state has seen the token of a step that failed.
     model = zoo.make("falcon_h1")
     convert(model, 12, journal=0)
@@ -257,7 +294,7 @@ def test_a_model_with_other_states_starts_anew(demo, monkeypatch):
     assert conversation.begun
     raised = fails(conversation, "after all", RuntimeError("here"), monkeypatch)
     assert isinstance(raised, CacheStateError)
-    assert not conversation.begun
+    assert conversation.is_unread
 
 
 def test_the_copy_is_gone_when_the_answer_begins(small):
@@ -286,7 +323,7 @@ def test_an_empty_question_changes_nothing(start):
 def test_text_that_is_no_text_is_read_all_the_same(small_start):
     conversation = small_start(max_tokens=3, system_prompt="Be \ud800 terse.")
     assert say(conversation, "caf\udce9? \ud83d\ude00 \ud800")
-    assert conversation._last[0] == "caf\ufffd? \U0001f600 \ufffd"
+    assert conversation._turns[-1].question == "caf\ufffd? \U0001f600 \ufffd"
     assert say(conversation, "Why?")
 
 
@@ -414,7 +451,7 @@ def test_an_answer_nobody_heard_to_its_end_is_closed(scripted, demo, template):
     conversation, fed = scripted(template, ENDED, ENDED)
     next(answer := conversation.ask("One?"))
     answer.close()
-    assert conversation._last == ("One?", "T", False)
+    assert conversation._turns == [("One?", "T", False)]
     say(conversation, "Two?")
     assert demo[1].decode(fed[1]).startswith("<|im_end|>")
 
@@ -425,12 +462,21 @@ def test_a_template_that_rewrites_answers_is_fed_anew(scripted, demo):
     caches = conversation.caches
     say(conversation, "Two?")
     assert conversation.caches is not caches
+    say(conversation, "Three?")
     ask = "<|im_start|>assistant\n\n"
     begin = "<|endoftext|>" + turn("system", "BE TERSE.")
     answer = turn("assistant", "ONE,\nTWO,")
     assert [demo[1].decode(tokens) for tokens in fed] == [
         begin + turn("user", "ONE?") + ask,
         begin + turn("user", "ONE?") + answer + turn("user", "TWO?") + ask,
+        # Nothing that was said is left out.
+        begin
+        + turn("user", "ONE?")
+        + answer
+        + turn("user", "TWO?")
+        + turn("assistant", ENDED[0].upper())
+        + turn("user", "THREE?")
+        + ask,
     ]
 
 
@@ -487,21 +533,33 @@ def test_a_saved_conversation_goes_on_in_another(start, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "chat", ["", "[", "[]", "3", '[3, ["a", "b", true]]', '[null, ["a"]]', "[null, 1]"]
+    "chat",
+    [
+        "",
+        "[",
+        "[]",
+        "3",
+        '[3, ["a", "b", true]]',
+        '[null, ["a"]]',
+        "[null, 1]",
+        "[null, 1, true]",
+        '[null, ["abc"], false]',
+        '[null, [["a", "b"]], false]',
+    ],
 )
 def test_a_file_that_is_no_chat_changes_nothing(start, tmp_path, chat):
     conversation = start()
     say(conversation, QUESTION)
-    offset, last = seen(conversation), conversation._last
+    offset, said = seen(conversation), list(conversation._turns)
     file = conversation.save(tmp_path / "chat")
     arrays, texts = mx.load(str(file), return_metadata=True)
     mx.eval(arrays)
     name = next(n for n in texts if n.endswith("tova_mlx_chat"))
-    assert json.loads(texts[name])[1][0] == QUESTION
+    assert json.loads(texts[name])[1][0][0] == QUESTION
     mx.save_safetensors(str(file), arrays, texts | {name: chat})
     with pytest.raises(CacheStateError, match="not one of a chat"):
         conversation.load(file)
-    assert (seen(conversation), conversation._last) == (offset, last)
+    assert (seen(conversation), conversation._turns) == (offset, said)
 
 
 def totals(said):

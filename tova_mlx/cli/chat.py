@@ -236,12 +236,12 @@ def _interrupted(conversation: "Conversation", last: Any) -> str:
 
     if last is None:
         return NOT_READ
-    if conversation.begun:
-        return f"Stopped. {_totals(conversation)}"
-    return (
-        "Stopped in the middle of a step, which cannot be taken back. The conversation "
-        "starts anew."
-    )
+    if conversation.is_unread:
+        return (
+            "Stopped in the middle of a step, which cannot be taken back. All that was "
+            "said is read again with the next question."
+        )
+    return f"Stopped. {_totals(conversation)}"
 
 
 def _command(conversation: "Conversation", name: str, argument: str = "") -> None:

@@ -1,15 +1,17 @@
 """A conversation with one model in bounded memory, without a terminal.
 
-Each turn feeds the cache only what it has not seen. What is remembered beside the
-cache is the last exchange, so that a conversation of any length costs the same.
+Each turn feeds the cache only what it has not seen, so that a turn of a conversation of
+any length costs the same. What was said is remembered as text, for where a cache cannot
+go on: then all of it is read again.
 """
 
 import copy
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.nn as nn
 from mlx_lm import stream_generate
@@ -27,6 +29,22 @@ NOT_READ = (
 )
 # Stands for an answer in what a template makes of it.
 _ANSWER = "theanswer"
+
+
+class Turn(NamedTuple):
+    """A question and what was answered; ended: whether the model ended it."""
+
+    question: str
+    answer: str
+    ended: bool
+
+    @classmethod
+    def of(cls, given: Any) -> "Turn":
+        """Raises TypeError, ValueError for what JSON did not make of one."""
+        if not isinstance(given, list):
+            raise TypeError
+        question, answer, ended = given
+        return cls(_well_formed(str(question)), _well_formed(str(answer)), bool(ended))
 
 
 class Conversation:
@@ -61,14 +79,20 @@ class Conversation:
 
     def reset(self) -> None:
         """Forget everything."""
-        # The last question and answer, and whether the answer's end was generated.
-        self._last: tuple[str, str, bool] | None = None
+        self._turns: list[Turn] = []
+        # Whether caches have yet to read what was said.
+        self._unread = False
         self.caches = self._new_caches()
 
     @property
     def begun(self) -> bool:
         """Whether there was a question."""
-        return self._last is not None
+        return bool(self._turns)
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether all that was said is read again with the next question."""
+        return self._unread
 
     def ask(self, text: str, stop: Callable[[], bool] = lambda: False) -> Iterator[Any]:
         """The answer to `text`, piece by piece: what `stream_generate` yields.
@@ -77,8 +101,8 @@ class Conversation:
         if the caller goes away; what was answered so far is part of the conversation.
 
         Raises CacheStateError if `stop` says True before the question was read to its
-        end, or if a step of the answer fails and cannot be taken back: then the
-        conversation starts anew.
+        end, or if a step of the answer fails and cannot be taken back: then all that
+        was said is read again with the next question.
         """
         text = _well_formed(text)
         tokens, caches = self._next_turn(text)
@@ -100,10 +124,12 @@ class Conversation:
         try:
             with closing(pieces):
                 for piece in pieces:
+                    if not seen:
+                        self._turns.append(Turn(text, "", False))
                     answer += piece.text
                     # The caches before go, so that the next write is in place.
-                    self.caches = caches
-                    self._last = (text, answer, piece.finish_reason == "stop")
+                    self.caches, self._unread = caches, False
+                    self._turns[-1] = Turn(text, answer, piece.finish_reason == "stop")
                     seen = _offsets(caches)
                     yield piece
                     if stop():
@@ -116,38 +142,41 @@ class Conversation:
         except BaseException as error:
             if seen and not self._go_back(seen):
                 # Some layers may be a token ahead of others.
-                self.reset()
+                self.caches, self._unread = self._new_caches(), True
                 if isinstance(error, Exception):
                     raise CacheStateError(
                         f"The answer broke off within a step ({error}), which cannot "
-                        "be taken back. The conversation starts anew; ask again."
+                        "be taken back. Ask again: all that was said is read again."
                     ) from error
             raise
 
     def save(self, path: str | Path) -> Path:
-        """Write caches and last exchange to a file and return its path.
+        """Write caches and what was said to a file and return its path.
 
         Raises CacheStateError.
         """
-        metadata = {"tova_mlx_chat": json.dumps([self.system_prompt, self._last])}
+        said = [self.system_prompt, self._turns, self._unread]
+        metadata = {"tova_mlx_chat": json.dumps(said)}
         return save_prompt_cache(path, self.caches, model=self.model, metadata=metadata)
 
     def load(self, path: str | Path) -> None:
         """Go on where `save` was called. Raises CacheStateError and changes nothing."""
         caches, metadata = load_prompt_cache(path, model=self.model)
         try:
-            system_prompt, last = json.loads(metadata["tova_mlx_chat"])
+            system_prompt, turns, *unread = json.loads(metadata["tova_mlx_chat"])
             if not isinstance(system_prompt, str | None):
                 raise TypeError
-            if last is not None:
-                question, answer = (_well_formed(str(t)) for t in last[:2])
-                last = (question, answer, bool(last[2]))
+            if not unread:
+                # Of a version that remembered the last exchange.
+                turns = [] if turns is None else [turns]
+            turns = [Turn.of(turn) for turn in turns]
         except (LookupError, ValueError, TypeError, RecursionError) as error:
             raise CacheStateError(
                 f"{path}: a saved prompt, but not one of a chat. Use a file that /save "
                 "made."
             ) from error
-        self.caches, self.system_prompt, self._last = caches, system_prompt, last
+        self.caches, self.system_prompt, self._turns = caches, system_prompt, turns
+        self._unread = unread == [True]
 
     @property
     def system_tokens(self) -> int:
@@ -196,26 +225,33 @@ class Conversation:
         """The tokens of the next question, and caches that have seen all before."""
         if not text.strip():
             raise PromptError("The question is empty. Give at least one word.")
-        caches = copy.deepcopy(self.caches)
+        if not self._turns or self._unread:
+            return self._encode(self._whole(text)), copy.deepcopy(self.caches)
         if self.tokenizer.chat_template is None:
-            return self._encode(text), caches
-        new = {"role": "user", "content": text}
-        if self._last is None:
-            return self._encode(self._render([new])), caches
-        question, answer, ended = self._last
-        rest = self._after_answer(question, text)
+            return self._encode(text), copy.deepcopy(self.caches)
+        last = self._turns[-1]
+        rest = self._after_answer(last.question, text)
         if rest is None:
-            # A template that rewrites answers. All that is still known is read again.
-            known = [
-                {"role": "user", "content": question},
-                {"role": "assistant", "content": answer},
-                new,
-            ]
-            return self._encode(self._render(known)), self._new_caches()
-        tokens = self._encode(rest)
-        if ended and tokens[:1] and tokens[0] in self.tokenizer.eos_token_ids:
+            # A template that rewrites answers.
+            return self._encode(self._whole(text)), self._new_caches()
+        tokens, caches = self._encode(rest), copy.deepcopy(self.caches)
+        if last.ended and tokens[:1] and tokens[0] in self.tokenizer.eos_token_ids:
             tokens = tokens[1:]
         return tokens, caches
+
+    def _whole(self, text: str) -> str:
+        """All that was said, and a question."""
+        if self.tokenizer.chat_template is None:
+            return "".join(t.question + t.answer for t in self._turns) + text
+        pairs = [
+            [
+                {"role": "user", "content": turn.question},
+                {"role": "assistant", "content": turn.answer},
+            ]
+            for turn in self._turns
+        ]
+        new = {"role": "user", "content": text}
+        return self._render([*itertools.chain(*pairs), new])
 
     def _after_answer(self, question: str, text: str) -> str | None:
         """What the template puts after an answer: its end, and the next question.
@@ -254,7 +290,8 @@ class Conversation:
             ) from error
 
     def _encode(self, text: str) -> list[int]:
-        special = self._last is None and self.tokenizer.chat_template is None
+        first = not self._turns or self._unread
+        special = first and self.tokenizer.chat_template is None
         return list(self.tokenizer.encode(text, add_special_tokens=special))
 
 
