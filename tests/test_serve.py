@@ -79,6 +79,48 @@ def answer(client, question):
 QUESTION = "Name three rivers of Europe and say where each of them ends. " * 12
 
 
+def answer_alone(model, tokenizer, prompt_for):
+    """The library's answer; prompt_for: the tokens for a text as the question."""
+    caches = make_prompt_cache(model, LIMIT, positions="auto")
+    # What the template puts before a question is as long as it is up to there.
+    one, other = prompt_for("a"), prompt_for("b")
+    begins = [a == b for a, b in zip(one, other, strict=True)].index(False)
+    assert pin_tokens(caches, begins) == min(begins, LIMIT // 2)
+    prompt = prompt_for(QUESTION)
+    return generate(model, tokenizer, prompt, max_tokens=12, prompt_cache=caches)
+
+
+SYSTEMS = [
+    "You answer in French.",
+    "You are a captain of a whaler, old and gruff, and answer with a curse or two.",
+    "You are a poet. " * 20,
+]
+
+
+def test_each_conversation_pins_its_own_system_prompt(client, demo):
+    model, tokenizer = demo
+
+    def told(system, text):
+        return [{"role": "system", "content": system}, user(text)]
+
+    def want(system):
+        def prompt_for(text):
+            messages = told(system, text)
+            return tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+
+        return answer_alone(model, tokenizer, prompt_for)
+
+    def ask(system):
+        return chat(client, told(system, QUESTION)).choices[0].message.content
+
+    alone = [want(system) for system in SYSTEMS]
+    assert len(set(alone)) == len(SYSTEMS)
+    # One after the other, then in one batch.
+    assert [ask(system) for system in SYSTEMS] == alone
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(ask, SYSTEMS * 2)) == alone * 2
+
+
 def test_an_answer_is_that_of_the_library(client, demo):
     model, tokenizer = demo
     got = chat(client, [user(QUESTION)])
@@ -88,13 +130,7 @@ def test_an_answer_is_that_of_the_library(client, demo):
     def prompt_for(text):
         return tokenizer.apply_chat_template([user(text)], add_generation_prompt=True)
 
-    caches = make_prompt_cache(model, LIMIT, positions="auto")
-    # What the template puts before a question is as long as it is up to there.
-    begins = prompt_for("a").index(tokenizer.encode("a")[-1])
-    assert pin_tokens(caches, begins) == begins
-    want = generate(
-        model, tokenizer, prompt_for(QUESTION), max_tokens=12, prompt_cache=caches
-    )
+    want = answer_alone(model, tokenizer, prompt_for)
     assert got.choices[0].message.content == want
 
 

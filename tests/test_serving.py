@@ -21,6 +21,7 @@ from tova_mlx import convert
 from tova_mlx.errors import UnsupportedModelError
 from tova_mlx.hooks.layers import leaves
 from tova_mlx.hooks.server import PromptStore, Provider, check_draft
+from tova_mlx.models.conversion import pin_in_new_caches
 
 PROMPT = tiny.tokens(30).tolist()[0]
 NEXT = [7, 3, 11]
@@ -190,3 +191,19 @@ def test_a_draft_model_beside_shared_layers_is_refused(monkeypatch):
     arguments.draft_model = "tiny"
     with pytest.raises(UnsupportedModelError, match="--draft-model"):
         Provider(arguments)
+
+
+def test_a_stored_prompt_that_pins_otherwise_is_read_again():
+    model = tiny.make()
+    convert(model, 12)
+    pin_in_new_caches(model, 3)
+    caches = make_prompt_cache(model)
+    read(model, PROMPT, caches)
+    store = PromptStore()
+    store.insert_cache("model", PROMPT, caches)
+    tokens = PROMPT + NEXT
+    for pinned, there in ((None, True), (3, True), (4, False), (0, False)):
+        store.pinned = pinned
+        got, rest = store.fetch_nearest_cache("model", tokens)
+        assert (got is not None) == there
+        assert rest == (NEXT if there else tokens)
