@@ -102,3 +102,25 @@ def test_rows_of_padding_only():
     rows.padded([6, 0], 1, "right")
     rows.step()
     rows.check()
+
+
+def test_a_renumbering_before_a_file_was_written_is_not_taken_back():
+    w = World(Setup("window", max_size=1, period=1))
+    w.decode(2)
+    w.store("state")
+    w.decode(3)
+    w.trim(4)
+    w.check()
+
+
+def test_a_victim_that_comes_back_has_its_own_position():
+    w = World(Setup("window", max_size=1, period=1))
+    w.decode(2)
+    w.trim(1)
+    w.check()
+
+
+def test_rows_of_a_chunk_in_parts_have_masks_of_their_own():
+    w = World(Setup("window", max_size=1, period=3, batch=2))
+    w.read(4, "bool")
+    w.check()
