@@ -562,6 +562,21 @@ def test_a_file_that_is_no_chat_changes_nothing(start, tmp_path, chat):
     assert (seen(conversation), conversation._turns) == (offset, said)
 
 
+def test_a_file_of_the_last_exchange_only_goes_on(start, tmp_path):
+    conversation, other = start(), start()
+    say(conversation, COUNT)
+    say(conversation, QUESTION)
+    file = conversation.save(tmp_path / "chat")
+    arrays, texts = mx.load(str(file), return_metadata=True)
+    mx.eval(arrays)
+    name = next(n for n in texts if n.endswith("tova_mlx_chat"))
+    old = json.dumps([None, conversation._turns[-1]])
+    mx.save_safetensors(str(file), arrays, texts | {name: old})
+    other.load(file)
+    assert other._turns == conversation._turns[-1:]
+    assert say(other, "Why?") == say(conversation, "Why?")
+
+
 def totals(said):
     """Tokens seen, held and bytes of every answer."""
     found = re.findall(r"(\d+) tokens seen, (\d+) held, cache ([\d,]+) bytes", said)
