@@ -5,9 +5,9 @@
 The demo model reads the text, over and over, and after every 1,920 tokens decodes 128
 of its own. For each stretch of 2,048 tokens it prints the perplexity of what was read,
 tokens per second, bytes of all caches, MLX's active and peak memory, and resident
-memory. Ends with 1 if, past the first lap, cache bytes change at all, peak memory by
-more than 1 %, resident memory grows by more than 1 MB per 10,000 tokens, the last
-tenth is slower than 0.95 of the first, or a stretch has more than 1.1 times the
+memory. Ends with 1 if, past the first 10,240 tokens, cache bytes change at all, peak
+memory by more than 1 %, resident memory grows by more than 1 MB per 10,000 tokens, the
+last tenth is slower than 0.95 of the first, or a stretch has more than 1.1 times the
 perplexity that the same one had in the first lap. The last line is JSON.
 """
 
@@ -28,6 +28,9 @@ from tova_mlx import describe, make_prompt_cache
 from tova_mlx.evaluation.reading import read
 
 READ, DECODED, STEP = 1920, 128, 640
+# Tokens up to where all is as it stays: the demo model's range ends at 8,192, and from
+# there on a layer has a number more per slot.
+WARM_UP = 10_240
 PER_LAP = READ + DECODED
 EXCERPT = ROOT / "scripts/moby_dick_excerpt.txt"
 
@@ -79,7 +82,7 @@ def stretch(model: Any, ids: list[int], caches: list[Any]) -> dict[str, Any]:
 
 def drift(rows: list[dict[str, Any]], lap: int) -> dict[str, Any]:
     """What changed between stretches; the first ones are the warm-up."""
-    later = rows[min(lap, len(rows) // 4) :]
+    later = [r for r in rows if r["tokens"] > WARM_UP] or rows[len(rows) // 4 :]
     tenth = max(1, len(later) // 10)
     x = [r["tokens"] for r in later]
     slope, _ = statistics.linear_regression(x, [r["resident_bytes"] for r in later])

@@ -50,7 +50,7 @@ def test_nothing_drifts(policy, kv_bits, monkeypatch):
             "resident_bytes_per_10k_tokens",
             lambda i, r: {"resident_bytes": 300_000 * i},
         ),
-        ("speed_last_tenth_to_first", lambda i, r: {"tokens_per_s": 10 - i / 30}),
+        ("speed_last_tenth_to_first", lambda i, r: {"tokens_per_s": 10 - i / 15}),
         ("perplexity_to_first_lap", lambda i, r: {"perplexity": 9.0 + (i == 19)}),
     ],
 )
