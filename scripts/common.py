@@ -45,6 +45,15 @@ def load_demo_model() -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def losses(logits: Any, wanted: Any) -> Any:
+    """The loss of each token wanted [n], float32, by logits [n, vocabulary]."""
+    import mlx.core as mx
+
+    logits = logits.astype(mx.float32)
+    chosen = mx.take_along_axis(logits, wanted[:, None], axis=-1)[:, 0]
+    return mx.logsumexp(logits, axis=-1) - chosen
+
+
 def block(name: str) -> str:
     """Return the table of that name as its page has it."""
     text = (ROOT / PAGES[name]).read_text(encoding="utf-8")

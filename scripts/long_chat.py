@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from common import provenance
+from common import losses, provenance
 
 from tova_mlx import convert
 from tova_mlx.cli.models import load
@@ -65,9 +65,7 @@ def asked(conversation: Conversation, path: Path) -> dict[str, Any]:
     word = encode(f"{BEGINS} {WORD}", add_special_tokens=False)[len(begins) :]
     fed = [*tokens, *begins, *word]
     logits = conversation.model(mx.array([fed[:-1]]), cache=caches)[0, -len(word) :]
-    logits = logits.astype(mx.float32)
-    chosen = mx.take_along_axis(logits, mx.array(word)[:, None], axis=-1).sum()
-    log_probability = float(chosen - mx.logsumexp(logits, axis=-1).sum())
+    log_probability = -float(losses(logits, mx.array(word)).sum())
     answer = "".join(piece.text for piece in conversation.ask(QUESTION))
     return {"tokens_seen": seen, "answer": answer, "log_probability": log_probability}
 

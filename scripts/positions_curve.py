@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from common import load_demo_model, provenance
+from common import load_demo_model, losses, provenance
 
 from tova_mlx import make_prompt_cache
 from tova_mlx.evaluation.plots import new_figure
@@ -32,17 +32,13 @@ FIRST, WITHIN = 8192, 1.1
 LINES = {"original": "#D55E00", "auto": "#0072B2", "fresh": "#999999"}
 
 
-def losses(model: Any, ids: list[int], caches: list[Any]) -> list[float]:
+def read_losses(model: Any, ids: list[int], caches: list[Any]) -> list[float]:
     """Loss of each token of ids but the first."""
     found: list[float] = []
     inputs, wanted = mx.array([ids[:-1]]), mx.array(ids[1:])
     for start, logits in read(model, inputs, caches, STEP):
-        logits = logits[0].astype(mx.float32)
-        own = wanted[start : start + len(logits), None]
-        loss = mx.logsumexp(logits, axis=-1, keepdims=True) - mx.take_along_axis(
-            logits, own, axis=-1
-        )
-        found += loss[:, 0].tolist()
+        own = wanted[start : start + logits.shape[1]]
+        found += losses(logits[0], own).tolist()
     return found
 
 
@@ -51,13 +47,13 @@ def line(name: str, ids: list[int], how: dict[str, Any]) -> list[float]:
     model, _ = load_demo_model()
     starts = range(0, len(ids) - 1, STRETCH)
     if name != "fresh":
-        found = losses(model, ids, make_prompt_cache(model, positions=name, **how))
+        found = read_losses(model, ids, make_prompt_cache(model, positions=name, **how))
         parts = [found[i : i + STRETCH] for i in starts]
     else:
         parts = []
         for i in starts:
             some = ids[max(0, i - STRETCH) : i + STRETCH + 1]
-            found = losses(model, some, make_prompt_cache(model, **how))
+            found = read_losses(model, some, make_prompt_cache(model, **how))
             parts.append(found[-STRETCH:])
     return [math.exp(sum(p) / len(p)) for p in parts]
 

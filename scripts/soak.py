@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from common import ROOT, load_demo_model, provenance
+from common import ROOT, load_demo_model, losses, provenance
 
 from tova_mlx import describe, make_prompt_cache
 from tova_mlx.evaluation.reading import read
@@ -55,12 +55,8 @@ def stretch(model: Any, ids: list[int], caches: list[Any]) -> dict[str, Any]:
     for start, logits in read(model, tokens, caches, STEP):
         # What the last one predicts is not in the text.
         n = min(logits.shape[1], len(ids) - 1 - start)
-        some = logits[0, :n].astype(mx.float32)
-        wanted = tokens[0, start + 1 : start + 1 + n, None]
-        lost = mx.logsumexp(some, axis=-1, keepdims=True) - mx.take_along_axis(
-            some, wanted, axis=-1
-        )
-        loss += float(lost.sum())
+        wanted = tokens[0, start + 1 : start + 1 + n]
+        loss += float(losses(logits[0, :n], wanted).sum())
     reading = time.perf_counter() - began
     began, newest = time.perf_counter(), mx.argmax(logits[:, -1:], axis=-1)
     for _ in range(DECODED):

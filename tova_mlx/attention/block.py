@@ -169,7 +169,7 @@ class _Cut:
         if visible.shape[1] > 1:
             per_head = self.queries.shape[1] // visible.shape[1]
             visible = mx.repeat(visible, per_head, axis=1)
-        mask = _merge(visible, self.args.array_mask, self.queries.dtype)
+        mask = merged(visible, self.args.array_mask, self.queries.dtype)
         args = self.args.with_mask(mask)
         return plain_attention(self.queries, self.keys, self.values, args)
 
@@ -266,7 +266,8 @@ def _first_of(wanted: mx.array, n: int) -> mx.array:
     return mx.argsort(mx.where(wanted, numbers, numbers + m), axis=-1)[..., :n]
 
 
-def _merge(visible: mx.array, mask: mx.array | None, dtype: mx.Dtype) -> mx.array:
+def merged(visible: mx.array, mask: mx.array | None, dtype: mx.Dtype) -> mx.array:
+    """Return the mask that hides what is not visible too; dtype: if it is added."""
     if mask is None:
         return visible
     if mask.dtype == mx.bool_:

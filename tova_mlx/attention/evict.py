@@ -12,7 +12,6 @@ from ..eviction import (
     window_columns,
 )
 from ..storage.entries import Entries, first_slots, to_mlx
-from ..storage.fields import position_range
 from ..storage.journal import ScoresBefore
 from ..storage.slots import Slots
 from ..storage.stack import Stack
@@ -68,13 +67,9 @@ def attend_and_evict(
         # next token is written, would be a copy of the cache.
         output = plain_attention(queries, keys, values, args)
         logits = masked_logits(queries, keys, args, own_type=True)
-        positions = slots.positions
-        if positions is None:
-            heads = slots.eviction_heads(keys)
-            positions = position_range(keys.shape[0], heads, 0, n)
         scores, victim = step_on_gpu(
             logits,
-            first_slots(positions, n),
+            slots.positions_of(n),
             scores,
             norms,
             slots.newest,

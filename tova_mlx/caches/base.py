@@ -14,6 +14,7 @@ from ..attention.arguments import AttentionArgs
 from ..attention.sharing import Shared
 from ..policies import Rule
 from ..storage.entries import Entries
+from .options import CacheOptions
 from .refusals import attended_again, unattended
 
 
@@ -35,6 +36,7 @@ class PolicyCache:
     """The order of things: `update_and_fetch`, `attend`, the next update."""
 
     rule: Rule
+    options: CacheOptions
 
     def __init__(self, rule: Rule, shares: bool):
         self.rule = rule
@@ -75,7 +77,7 @@ class PolicyCache:
     @property
     def _must_attend(self) -> bool:
         """Whether every update has to be attended to."""
-        raise NotImplementedError
+        return not self.rule.by_age or self.options.renumbering is not None
 
     @property
     def _may_attend(self) -> bool:

@@ -226,10 +226,6 @@ class BatchPolicyKVCache(PolicyCache):
                 row.slots.renumber()
         return output
 
-    @property
-    def _must_attend(self) -> bool:
-        return not self.rule.by_age or self.options.renumbering is not None
-
     def keys_and_values(self) -> tuple[Entries, Entries]:
         """What the last update gave, for a layer that shares it."""
         if self._shared.entries is None:
@@ -292,9 +288,10 @@ class BatchPolicyKVCache(PolicyCache):
 
     def _steps(self, length: int) -> bool:
         """Whether a chunk of this length is one token for every row."""
+        if length != 1 or self._pads:
+            return False
         # Rows that pin their first tokens, each its own, have rules of their own.
-        alike = all(row.rule == self._rows[0].rule for row in self._rows[1:])
-        return length == 1 and not self._pads and alike
+        return all(row.rule == self._rows[0].rule for row in self._rows[1:])
 
     def _cut(self, length: int) -> list[Span]:
         """What of the next chunk is each row's own."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..attention.arguments import AttentionArgs
-from ..attention.block import Block
+from ..attention.block import Block, merged
 from ..attention.evict import (
     attend_and_evict,
     attend_and_keep,
@@ -17,7 +17,7 @@ from ..attention.evict import (
 )
 from ..attention.softmax import attend_newest, plain_attention
 from ..eviction import window_mask
-from ..storage.entries import Entries, first_slots, to_mlx
+from ..storage.entries import Entries, to_mlx
 from ..storage.fields import position_range
 from ..storage.slots import Slots
 
@@ -113,7 +113,7 @@ def attend_in_parts(
         if stop - start == 1:
             entries = store(slots, Chunk(*new))
             # It lies where a victim was, so columns are not in order.
-            mask = whole.cut(_positions(slots, entries[0].shape[2]), start, stop)
+            mask = whole.cut(slots.positions_of(entries[0].shape[2]), start, stop)
         else:
             there = slots.held_positions()
             batch, heads = there.shape[:2]
@@ -153,14 +153,6 @@ class _Mask:
         return block.cut_mask(self._args, self._queries, n + self._queries.shape[2])
 
 
-def _positions(slots: Slots, n: int) -> mx.array:
-    """The positions of the first n slots, int32 [B, H', n]."""
-    if slots.positions is None:
-        heads = slots.eviction_heads(slots.keys)
-        return position_range(slots.keys.shape[0], heads, 0, n)
-    return first_slots(slots.positions, n)
-
-
 def _without_evicted(
     slots: Slots, length: int, mask: mx.array | None
 ) -> mx.array | str:
@@ -168,9 +160,5 @@ def _without_evicted(
     rule = slots.rule
     if rule.by_age and slots.offset + length > (rule.max_size or 0) + 1:
         window = to_mlx(window_mask(rule, slots.offset, length))
-        if mask is None:
-            return window
-        if mask.dtype == mx.bool_:
-            return mask & window
-        return mx.where(window, mask, mx.array(-mx.inf, mask.dtype))
+        return window if mask is None else merged(window, mask, mask.dtype)
     return "causal" if mask is None else mask

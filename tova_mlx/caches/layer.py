@@ -281,10 +281,6 @@ class PolicyKVCache(PolicyCache):
         return self._shared.give(entries)
 
     @property
-    def _must_attend(self) -> bool:
-        return not self.rule.by_age or self.options.renumbering is not None
-
-    @property
     def _may_attend(self) -> bool:
         return super()._may_attend or not self._must_attend
 

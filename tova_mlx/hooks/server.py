@@ -98,9 +98,9 @@ def generator(pin: Callable[[Any, int], None]) -> type[server.ResponseGenerator]
                 ]
                 return super(Generator, self)._tokenize(tokenizer, first, args)[0]
 
-            n = beginning_of(tokens_for)
-            # A template that begins otherwise in a longer conversation.
-            return n if tokens_for("a")[:n] == prompt[:n] else 0
+            begins = beginning_of(tokens_for)
+            # A template may begin otherwise in a longer conversation.
+            return len(begins) if prompt[: len(begins)] == begins else 0
 
     return Generator
 

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 
 
-def beginning_of(tokens_for: Callable[[str], list[int]]) -> int:
-    """Return how many tokens are the same whatever the first question's text.
+def beginning_of(tokens_for: Callable[[str], list[int]]) -> list[int]:
+    """Return the tokens that are there whatever the first question's text.
 
     tokens_for: the prompt for a text as the first question.
     """
     one, other = tokens_for("a"), tokens_for("b")
     differ = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    return next(differ, 0)
+    return one[: next(differ, 0)]

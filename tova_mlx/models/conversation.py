@@ -184,7 +184,7 @@ class Conversation:
         if self.tokenizer.chat_template is None:
             return 0
         try:
-            return beginning_of(
+            begins = beginning_of(
                 lambda text: self._encode(
                     self._render([{"role": "user", "content": text}])
                 )
@@ -192,6 +192,7 @@ class Conversation:
         except PromptError:
             # Said when there is a question.
             return 0
+        return len(begins)
 
     @property
     def pinned(self) -> int:

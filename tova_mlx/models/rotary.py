@@ -107,9 +107,20 @@ def renumbering_for(
     if positions == "compact":
         return Renumbering()
     trained = trained_range(model)
-    if trained is None or last > trained:
+    if trained is None or _no_range(rule.max_size, trained):
         return None
     return Renumbering(trained - PERIOD + 1)
+
+
+def _no_range(limit: int | None, trained: int | None) -> str:
+    """Why positions cannot be renumbered at the end of a model's range; empty: can."""
+    if limit is None:
+        return "nothing is evicted"
+    if trained is None:
+        return "the model does not say for how many it was trained"
+    if limit + PERIOD > trained:
+        return f"within {trained:,} there is no room for {limit:,} tokens"
+    return ""
 
 
 def said_of(model: nn.Module, positions: str, caches: list[Any]) -> str:
@@ -121,14 +132,8 @@ def said_of(model: nn.Module, positions: str, caches: list[Any]) -> str:
     when = next((o.renumbering for o in ours if o.renumbering is not None), None)
     if when is not None or positions == "original" or not ours:
         return str(when or "original")
-    limit, trained = ours[0].rule.max_size, trained_range(model)
-    if limit is None:
-        return "original: nothing is evicted"
-    if trained is None:
-        return "original: the model does not say for how many it was trained"
-    if limit + PERIOD > trained:
-        return f"original: within {trained:,} there is no room for {limit:,} tokens"
-    return "original: this model's cannot be renumbered"
+    why = _no_range(ours[0].rule.max_size, trained_range(model))
+    return f"original: {why}" if why else "original: this model's cannot be renumbered"
 
 
 def rotations_of(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from ..policies import Rule
-from .entries import arrays_of, is_plain, write
+from .entries import arrays_of, first_slots, is_plain, write
 from .formats import Storage
 from .rotation import Renumbering, RotatedEntries
 
@@ -101,6 +101,13 @@ class SlotFields:
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         return sum(a.nbytes for entries in self.arrays for a in arrays_of(entries))
+
+    def positions_of(self, n: int) -> mx.array:
+        """Return the positions of the tokens in the first n slots, int32 [B, H', n]."""
+        if self.positions is not None:
+            return first_slots(self.positions, n)
+        heads = self.eviction_heads(self.keys)
+        return position_range(self.keys.shape[0], heads, 0, n)
 
     @property
     def keys_to_read(self) -> Any:

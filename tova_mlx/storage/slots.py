@@ -263,7 +263,7 @@ class Slots(SlotFields):
         assert self.positions is not None
         order = self.order()
         before = self._held(self.rotary, order)
-        positions = self.held_positions()
+        positions = self._held(self.positions, order)
         self.journal = self.journal.with_renumbered(
             Renumbered(
                 self.newest,
@@ -288,9 +288,7 @@ class Slots(SlotFields):
     def _rotate_back(self, before: Renumbered) -> None:
         """Take a renumbering back, of the tokens that are held now."""
         assert self.rotary is not None
-        positions = self.positions
-        if positions is None:
-            positions = self._positions(self.keys, 0, self.keys.shape[2])
+        positions = self.positions_of(self.keys.shape[2])
         now, then = (np.array(p) for p in (positions, before.positions))
         rotary, old = np.array(self.rotary), np.array(before.rotary)
         for place in np.ndindex(now.shape[:2]):

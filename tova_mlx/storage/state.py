@@ -224,15 +224,15 @@ def _check_rotary(slots: Slots) -> None:
     if when is None or not slots.evicted or not 0 < shift <= slots.offset:
         raise ValueError(f"rotary positions that are {shift} behind")
     # The last renumbering left as many as are held.
-    if (slots.offset - shift - slots.size()) > when.period:
+    if slots.next_rotary - slots.size() > when.period:
         raise ValueError("rotary positions that are too far on")
     order = slots.order()
     rotary, positions = (
         np.array(first_slots(a, slots.size()) if order is None else gather(a, order))
         for a in (slots.rotary, slots.positions)
     )
-    since = slots.offset - (slots.offset - shift - slots.size())
-    late = positions >= since
+    # The tokens seen since then.
+    late = positions >= shift + slots.size()
     if not (
         (np.diff(rotary) > 0).all()
         and (rotary >= 0).all()
