@@ -159,7 +159,8 @@ class _Cut:
         args: AttentionArgs,
     ):
         self.keys, self.values = block.cut(keys), block.cut(values)
-        self.args = args.with_mask(block.cut_mask(args, queries, keys.shape[2]))
+        mask = block.cut_mask(args, queries, keys.shape[2])
+        self.args = args.cut(block.start, block.stop, mask)
         self.queries = queries[:, :, block.start : block.stop]
 
     def attend(self, block: Block) -> mx.array:

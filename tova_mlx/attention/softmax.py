@@ -19,8 +19,12 @@ def attend_newest(
 
     queries: [B, n_heads, 1, head_dim]; keys, values: entries [B, n_kv_heads, S, ·].
     """
-    weights = _weights(queries, keys, args)
+    logits = masked_logits(queries, keys, args)
+    weights = _weights(logits, args)
     grouped = weights.reshape(*weights.shape[:1], keys.shape[1], -1, weights.shape[3])
+    if args.recalled is not None:
+        output = _output(weights, values, queries)
+        return args.recalled.merged(output, _logsumexp(logits, args)), grouped
     if not is_plain(values) or not mx.metal.is_available():
         # The fallback of mx.fast takes twice as long on the CPU.
         return _output(weights, values, queries), grouped
@@ -37,7 +41,7 @@ def plain_attention(
 
     queries: [B, n_heads, L, head_dim]; keys, values: entries [B, n_kv_heads, S, ·].
     """
-    if is_plain(values):
+    if is_plain(values) and args.recalled is None:
         return mx.fast.scaled_dot_product_attention(
             queries, keys, values, scale=args.scale, mask=args.mask, sinks=args.sinks
         )
@@ -52,21 +56,34 @@ def plain_attention(
         elif args.mask == "causal":
             last = mx.arange(columns - length + start, columns - length + stop)
             mask = mx.arange(columns) <= last[:, None]
-        some = queries[:, :, start:stop]
-        weights = _weights(some, keys, args.with_mask(mask))
-        outputs.append(_output(weights, values, some))
+        some, own = queries[:, :, start:stop], args.cut(start, stop, mask)
+        logits = masked_logits(some, keys, own)
+        output = _output(_weights(logits, own), values, some)
+        if own.recalled is not None:
+            output = own.recalled.merged(output, _logsumexp(logits, own))
+        outputs.append(output)
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
 
-def _weights(queries: mx.array, keys: Entries, args: AttentionArgs) -> mx.array:
-    """Float32 [B, n_heads, L, S]."""
-    logits = masked_logits(queries, keys, args)
+def _weights(logits: mx.array, args: AttentionArgs) -> mx.array:
+    """Softmax of logits [B, n_heads, L, S], float32; learned sinks take their share."""
     if args.sinks is None:
         return mx.softmax(logits, axis=-1, precise=True)
+    return mx.softmax(_with_sinks(logits, args), axis=-1, precise=True)[..., 1:]
+
+
+def _logsumexp(logits: mx.array, args: AttentionArgs) -> mx.array:
+    """Of all logits [B, n_heads, L, 1], learned sinks included."""
+    if args.sinks is not None:
+        logits = _with_sinks(logits, args)
+    return mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def _with_sinks(logits: mx.array, args: AttentionArgs) -> mx.array:
+    assert args.sinks is not None
     learned = args.sinks.astype(mx.float32)[:, None, None]
     learned = mx.broadcast_to(learned, (*logits.shape[:3], 1))
-    joined = mx.concatenate([learned, logits], axis=-1)
-    return mx.softmax(joined, axis=-1, precise=True)[..., 1:]
+    return mx.concatenate([learned, logits], axis=-1)
 
 
 def _output(weights: mx.array, values: Entries, queries: mx.array) -> mx.array:

@@ -77,7 +77,8 @@ class PolicyCache:
     @property
     def _must_attend(self) -> bool:
         """Whether every update has to be attended to."""
-        return not self.rule.by_age or self.options.renumbering is not None
+        scheduled = self.options.renumbering is not None or self.options.recall
+        return not self.rule.by_age or bool(scheduled)
 
     @property
     def _may_attend(self) -> bool:

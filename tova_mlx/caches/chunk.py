@@ -15,6 +15,7 @@ from ..attention.evict import (
     evict_oldest,
     mark_oldest,
 )
+from ..attention.recalled import attend_to_windows
 from ..attention.softmax import attend_newest, plain_attention
 from ..eviction import window_mask
 from ..storage.entries import Entries, to_mlx
@@ -67,6 +68,8 @@ def attend(
 ) -> Attended:
     """Attend to what `store` gave; evict afterwards what the rule says."""
     rule, one = slots.rule, queries.shape[2] == 1
+    if slots.recall is not None:
+        args = _with_recalled(slots, queries, args)
     if rule.by_age:
         if one and slots.evicted:
             return Attended(slots.tied(attend_newest(queries, keys, values, args)[0]))
@@ -79,32 +82,47 @@ def attend(
     return Attended(slots.tied(plain_attention(queries, keys, values, args)))
 
 
+def _with_recalled(
+    slots: Slots, queries: mx.array, args: AttentionArgs
+) -> AttentionArgs:
+    """With what the queries read of the evicted; `slots` has stored their tokens."""
+    assert slots.recall is not None
+    first, heads = slots.offset - queries.shape[2], slots.keys.shape[1]
+    scaled = queries * args.scale
+    windows, slots.recall = slots.recall.read_by(scaled, first, heads)
+    if windows is None:
+        return args
+    return args._replace(recalled=attend_to_windows(scaled, windows))
+
+
 def is_cut(slots: Slots, length: int) -> bool:
-    """Whether tokens are renumbered within the next `length`, so they come in parts."""
-    when, limit = slots.renumbering, slots.rule.max_size
-    if when is None or limit is None:
+    """Whether something is due within the next `length` tokens: they come in parts."""
+    limit, end = slots.rule.max_size, slots.offset + length
+    if limit is None:
         return False
-    last = (slots.offset + length - 1) // when.period * when.period
-    return last > max(slots.offset, limit) and when.is_due(last)
+    cut = slots.next_cut(max(slots.offset, limit))
+    return cut is not None and cut < end
 
 
 def attend_in_parts(
     slots: Slots, chunk: Chunk, queries: mx.array, args: AttentionArgs
 ) -> mx.array:
-    """Store and attend to a chunk; renumber within it as if it came token by token.
+    """Store and attend to a chunk; what is due within it is done as if token by token.
 
-    The model has rotated it as one; each part is rotated on to where it belongs.
+    The model has rotated it as one; where tokens are renumbered, each part is rotated
+    on to where it belongs.
     """
     when = slots.renumbering
-    assert when is not None
     outputs, start, length = [], 0, chunk.length
     whole = _Mask(slots, args.array_mask, queries)
     first = slots.next_rotary
     while start < length:
-        stop = min(length, start + when.next_after(slots.offset) - slots.offset)
+        cut = slots.next_cut(slots.offset)
+        assert cut is not None
+        stop = min(length, start + cut - slots.offset)
         asked, *new = (a[:, :, start:stop] for a in (queries, *chunk))
         behind = first + start, slots.next_rotary
-        if behind[0] != behind[1]:
+        if when is not None and behind[0] != behind[1]:
             was, now = (position_range(1, 1, n, stop - start) for n in behind)
             asked, new[0] = (
                 when.rotated(a.astype(mx.float32), was, now).astype(a.dtype)
@@ -123,7 +141,7 @@ def attend_in_parts(
             entries = store(slots, Chunk(*new))
         attended = attend(slots, asked, *entries, args.with_mask(mask), once=False)
         outputs.append(attended.output)
-        slots.renumber()
+        slots.do_scheduled()
         start = stop
     return mx.concatenate(outputs, axis=2)
 

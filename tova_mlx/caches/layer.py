@@ -20,9 +20,11 @@ from ..errors import CacheStateError, OptionError
 from ..eviction import window_mask
 from ..hooks import dispatcher, registration, trimming
 from ..policies import Granularity
+from ..storage.archive import Archive
 from ..storage.entries import Entries, dequantized, to_mlx
 from ..storage.formats import storage_for
 from ..storage.observer import Callback, Observer
+from ..storage.recall import Recall
 from ..storage.rotation import Renumbering
 from ..storage.slots import Slots
 from ..storage.state import from_state, to_state
@@ -31,7 +33,7 @@ from .batch import BatchPolicyKVCache
 from .chunk import Chunk, attend, attend_in_parts, is_cut, store
 from .lockstep import Lockstep
 from .options import JOURNAL, CacheOptions
-from .refusals import check_entries, check_values, windowed
+from .refusals import check_entries, check_recall, check_values, windowed
 
 
 class PolicyKVCache(PolicyCache):
@@ -58,6 +60,9 @@ class PolicyKVCache(PolicyCache):
             kv_group_size: values that share a scale, 32 or 64.
         renumbering: when the tokens held get new rotary positions, and how the layer
             rotates its keys; `make_prompt_cache(positions=...)` finds that out.
+        recall: how many of `max_size` slots bring evicted tokens back, a multiple of
+            16; every 8 tokens they are filled with what the last 6 queries attend to
+            most of all that was evicted. 0: what is evicted is lost.
         options: the policy's own options, see `POLICIES[policy].options`.
 
     Raises:
@@ -79,6 +84,7 @@ class PolicyKVCache(PolicyCache):
         kv_bits: int | tuple[int, int] | None = None,
         kv_group_size: int = 64,
         renumbering: Renumbering | None = None,
+        recall: int = 0,
         **options: Any,
     ):
         made = CacheOptions.resolve(
@@ -89,6 +95,7 @@ class PolicyKVCache(PolicyCache):
             kv_bits=kv_bits,
             kv_group_size=kv_group_size,
             renumbering=renumbering,
+            recall=recall,
             **options,
         )
         self._configure(made)
@@ -116,7 +123,11 @@ class PolicyKVCache(PolicyCache):
         self.options = options
         if slots is None:
             slots = Slots(
-                options.rule, options.journal, options.storage, options.renumbering
+                options.rule,
+                options.journal,
+                options.storage,
+                options.renumbering,
+                _recall_of(options),
             )
         self._slots = slots
         # Shared by the caches of one model, see `lockstep`.
@@ -137,8 +148,9 @@ class PolicyKVCache(PolicyCache):
 
     @property
     def max_size(self) -> int | None:
-        """Tokens kept; None for no limit."""
-        return self.rule.max_size
+        """Tokens kept, those that are recalled included; None for no limit."""
+        limit = self.rule.max_size
+        return None if limit is None else limit + self.options.recall
 
     @property
     def seen(self) -> int:
@@ -204,8 +216,14 @@ class PolicyKVCache(PolicyCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays of the cache, the journal's included."""
+        """Bytes of all arrays of the cache, the journal's too; not of an archive."""
         return self._slots.nbytes
+
+    @property
+    def archive_nbytes(self) -> int:
+        """Bytes of what was evicted and may come back; not part of `nbytes`."""
+        recall = self._slots.recall
+        return 0 if recall is None else recall.archive.nbytes
 
     @property
     def max_nbytes(self) -> int | None:
@@ -290,6 +308,9 @@ class PolicyKVCache(PolicyCache):
         slots, pending = self._slots.twin(), self._pending
         if pending is not None:
             check_values(pending.module, self.rule, slots.values, values)
+            if slots.recall is not None:
+                stored = pending.chunk or (slots.keys, slots.values)
+                check_recall(pending.module, stored, (keys, values))
         if pending is not None and pending.chunk is not None:
             output = attend_in_parts(slots, pending.chunk, queries, args)
             output = slots.tied(output)
@@ -298,7 +319,7 @@ class PolicyKVCache(PolicyCache):
             output, blocks = attend(slots, queries, keys, values, args, once=once)
             if blocks is not None:
                 self._shared.attend_with(partial(attend_again, blocks))
-            if slots.renumber():
+            if slots.do_scheduled():
                 output = slots.tied(output)
         self._slots = slots
         return output
@@ -396,8 +417,15 @@ class PolicyKVCache(PolicyCache):
         slots, how = from_state(state)
         journal = slots.journal.length
         try:
+            recall = slots.recall
             made = CacheOptions(
-                how["rule"], slots.storage, how["prefill"], journal, slots.renumbering
+                how["rule"],
+                slots.storage,
+                how["prefill"],
+                journal,
+                slots.renumbering,
+                recall.slots if recall else 0,
+                recall.archive.storage if recall else None,
             )
         except OptionError as error:
             raise CacheStateError(
@@ -484,6 +512,15 @@ def new_cache(options: CacheOptions) -> PolicyKVCache:
     """Return an empty cache made with resolved options."""
     kind = TOVACache if options.rule.policy == "tova" else PolicyKVCache
     return kind.of(options)
+
+
+def _recall_of(options: CacheOptions) -> Recall | None:
+    """What of the evicted is known at the beginning."""
+    if options.archived is None:
+        return None
+    assert options.rule.max_size is not None
+    archive = Archive(options.archived)
+    return Recall(options.recall, options.rule.max_size, archive, options.journal)
 
 
 def register() -> None:

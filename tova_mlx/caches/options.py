@@ -13,17 +13,24 @@ from ..storage.rotation import Renumbering
 # Newest tokens that can be taken back after something was evicted.
 JOURNAL = 16
 MOST_JOURNAL = 4096
+# Bits of evicted rows where the cache's own are stored as they come.
+_ARCHIVED = 4
 
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """What the cache of any layer is made with; see `PolicyKVCache`."""
+    """What the cache of any layer is made with; see `PolicyKVCache`.
+
+    recall: slots beside those of the rule; archived: how what they bring back is kept.
+    """
 
     rule: Rule
     storage: Storage
     prefill: str
     journal: int
     renumbering: Renumbering | None = None
+    recall: int = 0
+    archived: Storage | None = None
 
     def __post_init__(self) -> None:
         """Raises OptionError."""
@@ -43,6 +50,8 @@ class CacheOptions:
                 f"{policy}: prefill='once' evicts wherever chunks end, so positions "
                 "cannot be renumbered within them. Use positions='original'."
             )
+        if self.recall:
+            self._check_recall()
         if isinstance(journal, bool) or not isinstance(journal, int) or journal < 0:
             raise OptionError(
                 f"{policy}: journal={journal!r} is not a whole number of tokens. "
@@ -52,6 +61,19 @@ class CacheOptions:
             raise OptionError(
                 f"{policy}: journal={journal} keeps keys and values of as many more "
                 f"tokens. Use at most {MOST_JOURNAL}."
+            )
+
+    def _check_recall(self) -> None:
+        policy = self.rule.policy
+        if self.prefill == "once":
+            raise OptionError(
+                f"{policy}: prefill='once' evicts wherever chunks end, so what is "
+                "recalled would depend on them. Use recall=0."
+            )
+        if self.renumbering is not None:
+            raise OptionError(
+                f"{policy}: recall={self.recall} brings tokens back to the positions "
+                "that they had. Use positions='original', or recall=0."
             )
 
     @classmethod
@@ -65,16 +87,23 @@ class CacheOptions:
         kv_bits: int | tuple[int, int] | None = None,
         kv_group_size: int = 64,
         renumbering: Renumbering | None = None,
+        recall: int = 0,
         **options: Any,
     ) -> CacheOptions:
         """Check the public options; those of `PolicyKVCache`. Raises OptionError."""
         stored = storage_for(kv_bits, kv_group_size)
-        rule = resolve_options(policy, max_size, options)
-        return cls(rule, stored, prefill, journal, renumbering)
+        rule = resolve_options(policy, max_size, options, recall)
+        archived = None
+        if recall:
+            plain = stored.is_plain
+            archived = storage_for(_ARCHIVED, kv_group_size) if plain else stored
+        return cls(rule, stored, prefill, journal, renumbering, recall, archived)
 
     def describe(self) -> str:
         """Say all that decides what is held, for errors."""
         said = {**self.rule.as_dict(), **self.storage.options()}
         if self.renumbering is not None:
             said["positions"] = str(self.renumbering)
+        if self.recall:
+            said["recall"] = self.recall
         return ", ".join(f"{k}={v}" for k, v in said.items())

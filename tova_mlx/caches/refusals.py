@@ -53,6 +53,22 @@ def check_values(
         )
 
 
+def check_recall(
+    module: str, stored: tuple[Entries, Entries], given: tuple[Entries, Entries]
+) -> None:
+    """Check that a model attends to the very keys and values that it stores.
+
+    Raises UnsupportedModelError.
+    """
+    pairs = zip(stored, given, strict=True)
+    if any((a.shape[1], a.shape[3]) != (b.shape[1], b.shape[3]) for a, b in pairs):
+        raise UnsupportedModelError(
+            f"{module} attends to other keys and values than it stores (latents, or "
+            "repeated heads), so evicted ones cannot be brought back. Use recall=0, or "
+            "another model."
+        )
+
+
 def unseen(module: str, policy: str) -> UnsupportedModelError:
     """Return what to raise for a model that attends by itself."""
     return UnsupportedModelError(

@@ -157,6 +157,14 @@ def cache_options(command: F, positions: str = "original") -> F:
                 help="Values that share a scale, with --kv-bits.",
             ),
             click.option(
+                "--recall",
+                type=click.IntRange(min=0),
+                default=0,
+                show_default=True,
+                help="How many of --max-kv-size bring evicted tokens back, a multiple "
+                "of 16; 0: what is evicted is lost.",
+            ),
+            click.option(
                 "--prefill",
                 type=click.Choice(["stepwise", "once"]),
                 default="stepwise",
@@ -244,16 +252,29 @@ def check(options: dict[str, Any]) -> None:
             f"{policy} does not read --prefill once: it cuts by attention. Leave it "
             "out."
         )
-    check_policy(policy, options["max_kv_size"], given(options))
+    recall = options["recall"]
+    if recall and options["prefill"] == "once":
+        raise click.UsageError(
+            "--recall needs --prefill stepwise: what is recalled would depend on "
+            "--prefill-step-size."
+        )
+    if recall and options["positions"] == "compact":
+        raise click.UsageError(
+            "--recall brings tokens back to the positions that they had, which "
+            "--positions compact gives to others. Use --positions original."
+        )
+    check_policy(policy, options["max_kv_size"], given(options), recall)
 
 
-def check_policy(policy: str, max_kv_size: Any, options: Mapping[str, Any]) -> None:
+def check_policy(
+    policy: str, max_kv_size: Any, options: Mapping[str, Any], recall: int = 0
+) -> None:
     """Refuse a size or options that the policy cannot work with. Raises UsageError."""
     if not isinstance(max_kv_size, int):
         # How many tokens it is depends on the model.
         max_kv_size = 2**30
     try:
-        resolve_options(policy, max_kv_size, options)
+        resolve_options(policy, max_kv_size, options, recall)
     except OptionError as error:
         raise click.UsageError(in_options(str(error))) from error
 
@@ -266,6 +287,7 @@ _NAMES = "|".join(
         "positions",
         "kv_bits",
         "kv_group_size",
+        "recall",
         *POLICY_OPTIONS,
     )
 )
@@ -334,5 +356,6 @@ def cache_arguments(options: dict[str, Any]) -> dict[str, Any]:
         "kv_bits",
         "kv_group_size",
         "positions",
+        "recall",
     )
     return {k: options[k] for k in names} | given(options)

@@ -203,14 +203,16 @@ def _draw_changes(
 def _references(setting: Setting) -> dict[str, Setting]:
     """What a setting is compared with, by the names that its row has for them.
 
-    `full`; `tova` of the same size and bits; and of what is quantised, `plain`: the
-    same without.
+    `full`; `tova` of the same size, bits and recall; of what is quantised, `plain`, and
+    of what recalls, `no_recall`: the same without.
     """
     others = {"full": Setting("full", None)}
     if setting.max_kv_size is not None:
         others["tova"] = setting._replace(policy="tova")
     if setting != setting.plain:
         others["plain"] = setting.plain
+    if setting.recall is not None:
+        others["no_recall"] = setting._replace(recall=None)
     return {name: other for name, other in others.items() if other != setting}
 
 

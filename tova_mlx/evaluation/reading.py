@@ -25,10 +25,12 @@ def cache_options(setting: Setting) -> dict[str, Any]:
 
     Nothing will be taken back.
     """
-    policy, _, bits, group = setting
+    policy, _, bits, group, recall = setting
     options: dict[str, Any] = {"policy": policy, "journal": 0}
     if bits is not None:
         options |= {"kv_bits": bits, "kv_group_size": group}
+    if recall is not None:
+        options["recall"] = recall
     return options
 
 

@@ -24,13 +24,15 @@ Bits: TypeAlias = tuple[int | str, int | str]
 class Setting(NamedTuple):
     """What a row was measured with.
 
-    `max_kv_size` is None for `full`, the last two where nothing is quantised.
+    `max_kv_size` is None for `full`, the bits and the group where nothing is quantised,
+    `recall` where nothing is.
     """
 
     policy: str
     max_kv_size: int | None
     kv_bits: Bits | None = None
     kv_group_size: int | None = None
+    recall: int | None = None
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> "Setting":
@@ -41,19 +43,19 @@ class Setting(NamedTuple):
             row["max_kv_size"],
             None if bits is None else tuple(bits),
             row.get("kv_group_size"),
+            row.get("recall"),
         )
 
     @property
     def plain(self) -> "Setting":
         """The same, unquantised."""
-        return Setting(self.policy, self.max_kv_size)
+        return self._replace(kv_bits=None, kv_group_size=None)
 
     def to_row(self) -> dict[str, Any]:
-        """Name the fields as a row has them: bits only where something is quantised."""
-        fields = self._asdict()
-        if self.kv_bits is None:
-            del fields["kv_bits"], fields["kv_group_size"]
-        return fields
+        """Name the fields as a row has them: bits and recall only where there are."""
+        optional = ("kv_bits", "kv_group_size", "recall")
+        fields = self._asdict().items()
+        return {k: v for k, v in fields if not (v is None and k in optional)}
 
     def __str__(self) -> str:
         words = [self.policy]
@@ -62,6 +64,8 @@ class Setting(NamedTuple):
         if self.kv_bits is not None:
             bits = ",".join(map(str, dict.fromkeys(self.kv_bits)))
             words += [f"{bits}-bit", f"g{self.kv_group_size}"]
+        if self.recall is not None:
+            words.append(f"recall {self.recall}")
         return " ".join(words)
 
 
@@ -69,22 +73,25 @@ def settings(
     policies: Sequence[str],
     sizes: Sequence[Any],
     quantised: Sequence[tuple[Bits, int]] = (),
+    recall: Sequence[int] = (),
     tokens: Callable[[Any, Setting], int] = lambda size, setting: size,
 ) -> list[Setting]:
     """`full`, then every policy at every size, `tova` before the others.
 
     quantised: pairs of kv_bits and kv_group_size, in which each is there too, after
-    those of its size that are not; `full` only where `policies` has it. tokens: how
-    many a size is in a setting.
+    those of its size that are not; `full` only where `policies` has it. recall: slots
+    for it, with which each bounded one is there too. tokens: how many a size is in a
+    setting.
     """
     named = list(dict.fromkeys(policies))
     bounded = sorted((p for p in named if p != "full"), key=lambda p: p != "tova")
     quantised = list(dict.fromkeys(quantised))
     full = [Setting("full", None, *how) for how in quantised if "full" in named]
     wanted = [
-        (size, Setting(policy, None, bits, group))
+        (size, Setting(policy, None, bits, group, slots))
         for size in dict.fromkeys(sizes)
         for bits, group in [(None, None), *quantised]
+        for slots in [None, *dict.fromkeys(recall)]
         for policy in bounded
     ]
     sized = [s._replace(max_kv_size=tokens(size, s)) for size, s in wanted]

@@ -22,6 +22,7 @@ from ..caches.refusals import unseen
 from ..errors import TovaError, UnsupportedModelError
 from ..hooks import dispatcher
 from ..hooks.layers import leaves, total
+from ..storage.entries import dequantized
 from ..storage.formats import Storage
 from .budget import STEP, Budget, Fit, fit, parse_size
 from .fitting import fitted
@@ -43,6 +44,7 @@ def make_prompt_cache(
     kv_bits: int | tuple[int, int] | None = None,
     kv_group_size: int = 64,
     positions: str = "original",
+    recall: int = 0,
     **options: Any,
 ) -> list[Any]:
     """One cache per layer of an mlx-lm model, for `prompt_cache=`.
@@ -60,6 +62,8 @@ def make_prompt_cache(
             the paper; "compact": the tokens held are renumbered every 256 tokens, so
             that positions stay below max_kv_size + 256; "auto": compact from where the
             next position would leave the range that the model was trained for.
+        recall: how many of `max_kv_size` slots bring evicted tokens back, see
+            PolicyKVCache; with original positions only, which "auto" then means.
         options: the policy's own options.
 
     Raises:
@@ -78,6 +82,7 @@ def make_prompt_cache(
         kv_bits=kv_bits,
         kv_group_size=kv_group_size,
         positions=positions,
+        recall=recall,
         **options,
     )
     return _checked(model, made)
@@ -90,10 +95,24 @@ def _checked(model: nn.Module, made: CacheOptions) -> list[Any]:
     """
     caches = _bounded(model, made)
     _check_model(model, made, list(leaves(caches)))
-    if made.storage.is_plain:
+    if made.storage.is_plain and not made.recall:
         return caches
     _check_quantised(model, caches)
-    return _bounded(model, made, fitted(model, made.storage, _default_caches))
+    if made.archived is not None:
+        for cache in leaves(caches):
+            if isinstance(cache, PolicyKVCache) and not cache.empty():
+                # Raises OptionError for rows that cannot be archived so.
+                made.archived.store(*map(dequantized, cache.slots.held_entries()))
+    return _fitted(model, made)
+
+
+def _fitted(model: nn.Module, made: CacheOptions) -> list[Any]:
+    """New caches, unchecked, whose formats are fitted to the model."""
+    storages = fitted(model, made.storage, _default_caches)
+    archived: Sequence[Any] = ()
+    if made.archived is not None:
+        archived = fitted(model, made.archived, _default_caches)
+    return _bounded(model, made, storages, archived)
 
 
 def tokens_within(
@@ -150,7 +169,7 @@ def _made(
 ) -> CacheOptions:
     """The options of a cache of so many tokens."""
     made = CacheOptions.resolve(tokens, **options)
-    if made.prefill == "once" and positions == "auto":
+    if positions == "auto" and (made.prefill == "once" or made.recall):
         return made
     when = renumbering_for(model, positions, made.rule, _default_caches)
     return made if when is None else replace(made, renumbering=when)
@@ -228,8 +247,7 @@ class _Maker:
         model = self._model()
         assert model is not None
         # What `convert` has checked is not checked for every request.
-        storages = fitted(model, self.made.storage, _default_caches)
-        caches = _bounded(model, self.made, storages)
+        caches = _fitted(model, self.made)
         pin_tokens(caches, self.pinned)
         return caches
 
@@ -259,13 +277,17 @@ def _default_caches(model: nn.Module) -> list[Any]:
 
 
 def _bounded(
-    model: nn.Module, made: CacheOptions, storages: Sequence[Storage] = ()
+    model: nn.Module,
+    made: CacheOptions,
+    storages: Sequence[Storage] = (),
+    archived: Sequence[Storage] = (),
 ) -> list[Any]:
     """New caches, unchecked; those of layers that share keys know it.
 
-    storages: of all caches, those in lists one by one, where they differ from `made`'s.
+    storages, archived: of all caches, those in lists one by one, where they differ
+    from `made`'s.
     """
-    fitted_to = iter(storages)
+    fitted_to, archived_as = iter(storages), iter(archived)
     rotations: Iterator[Any] = iter(())
     if made.renumbering is not None:
         rotations = iter(rotations_of(model, _default_caches))
@@ -274,9 +296,10 @@ def _bounded(
         if type(cache) is mlx_lm_cache.CacheList:
             return mlx_lm_cache.CacheList(*map(bounded, cache.caches))
         storage, rotation = next(fitted_to, made.storage), next(rotations, None)
+        kept_as = next(archived_as, made.archived)
         if type(cache) is not mlx_lm_cache.KVCache:
             return cache
-        own = replace(made, storage=storage)
+        own = replace(made, storage=storage, archived=kept_as)
         if own.renumbering is not None:
             when = replace(own.renumbering, rotation=rotation)
             own = replace(own, renumbering=when)
@@ -322,12 +345,19 @@ def _check_model(model: nn.Module, made: CacheOptions, caches: list[Any]) -> Non
             )
     if all(isinstance(c, _BOUNDED) for c in caches):
         return
+    layers: Any = model.layers
+    if made.recall and len(layers) > len(caches):
+        raise UnsupportedModelError(
+            f"{type(model).__module__} has layers that share keys and values, so what "
+            "was evicted cannot be brought back for each. Use recall=0, or another "
+            "model."
+        )
     if not any(isinstance(c, PolicyKVCache) for c in caches):
         raise UnsupportedModelError(
             f"{type(model).__module__} has caches of its own kind, which {rule.policy} "
             "cannot bound. Use policy full, or another model."
         )
-    if rule.by_age and made.renumbering is None:
+    if rule.by_age and made.renumbering is None and not made.recall:
         return
     if not any(dispatcher.is_seen(n) for n in names if n in sys.modules):
         raise unseen(type(model).__module__, rule.policy)

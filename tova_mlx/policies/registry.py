@@ -12,6 +12,8 @@ from typing import Any
 from ..errors import OptionError
 from .base import Policy, Rule
 
+# Tokens are brought back in blocks of so many neighbours.
+RECALL_BLOCK = 16
 # Packages name their policies in this group of entry points.
 GROUP = "tova_mlx.policies"
 
@@ -69,9 +71,11 @@ def register_policy(policy: Policy) -> Policy:
 
 
 def resolve_options(
-    policy: str, max_size: int | None, options: Mapping[str, Any]
+    policy: str, max_size: int | None, options: Mapping[str, Any], recall: int = 0
 ) -> Rule:
     """Return the rule for a policy's name, `max_size` in tokens and its options.
+
+    recall: how many of `max_size` are not the rule's, but for tokens brought back.
 
     Raises OptionError, naming what to do instead.
     """
@@ -79,7 +83,30 @@ def resolve_options(
         raise OptionError(
             f"policy {policy!r} is not known. Use one of: {', '.join(POLICIES)}."
         )
+    _check_recall(policy, max_size, recall)
+    if recall and type(max_size) is int:
+        max_size -= recall
     return POLICIES[policy].resolve(max_size, options)
+
+
+def _check_recall(policy: str, max_size: Any, recall: Any) -> None:
+    if type(recall) is not int or recall < 0 or recall % RECALL_BLOCK:
+        raise OptionError(
+            f"{policy}: recall={recall!r} is not a number of slots in blocks of "
+            f"{RECALL_BLOCK}. Use 0 for none, or a multiple of {RECALL_BLOCK}."
+        )
+    if not recall:
+        return
+    if not POLICIES[policy].bounded:
+        raise OptionError(
+            f"{policy} evicts nothing that recall={recall} could bring back. Use "
+            "recall=0, or another policy."
+        )
+    if type(max_size) is int and recall >= max_size:
+        raise OptionError(
+            f"{policy}: recall={recall} leaves the policy none of max_size={max_size} "
+            "tokens. Use less, a quarter for example."
+        )
 
 
 @cache

@@ -147,6 +147,11 @@ class SlotFields:
         """H': how many victims a row of the batch has per step."""
         return keys.shape[1] if self.rule.per_head else 1
 
+    @property
+    def tied_to(self) -> list[mx.array]:
+        """What else is evaluated with an output."""
+        return []
+
     def tied(self, output: mx.array) -> mx.array:
         """Return the output of an attention, evaluated with what is known of the slots.
 
@@ -154,7 +159,7 @@ class SlotFields:
         and with it the step's arrays, alive.
         """
         known = (*(getattr(self, name) for name in PER_SLOT[2:]), self.victim)
-        read = [a for a in known if a is not None]
+        read = [a for a in known if a is not None] + self.tied_to
         return mx.depends([output], read)[0] if read else output
 
     def write_tokens(

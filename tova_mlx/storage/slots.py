@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..policies import Rule
+from .archive import Rows
 from .entries import (
     Entries,
     after,
@@ -35,6 +36,7 @@ from .fields import (
 from .formats import PLAIN, Storage
 from .journal import Evicted, Journal, Renumbered, ScoresBefore
 from .observer import Observer
+from .recall import Recall
 from .rotation import Renumbering
 
 _LAST = 2**31 - 1
@@ -49,6 +51,7 @@ class Slots(SlotFields):
         victim: as in `SlotFields`; None: the next slot to write is `size()`.
         journal: what the last steps destroyed.
         observer: who wants to know what is evicted.
+        recall: what of the evicted is brought back, or None.
     """
 
     def __init__(
@@ -57,10 +60,11 @@ class Slots(SlotFields):
         journal: int = 0,
         storage: Storage = PLAIN,
         renumbering: Renumbering | None = None,
+        recall: Recall | None = None,
     ):
         super().__init__(rule, storage, renumbering)
         self.offset = self.shift = 0
-        self.journal = Journal(journal)
+        self.journal, self.recall = Journal(journal), recall
         self.observer = Observer()
 
     def size(self) -> int:
@@ -89,8 +93,9 @@ class Slots(SlotFields):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays, the journal's included."""
-        return super().nbytes + sum(a.nbytes for a in self.journal.arrays)
+        """Bytes of all arrays, the journal's included, but for an archive's."""
+        others = sum(a.nbytes for a in self.journal.arrays)
+        return super().nbytes + others + (self.recall.nbytes if self.recall else 0)
 
     @property
     def max_nbytes(self) -> int | None:
@@ -114,6 +119,12 @@ class Slots(SlotFields):
             per_step += 8 * heads * (limit + 1) + 4 * heads
         per_slot += 4 * heads * (1 + memory)
         slots = per_slot * (limit + 1) + 4 * heads
+        if self.recall is not None:
+            row = per_token + 4 * heads
+            recalled = self.recall.max_nbytes(row, self.keys, self.values)
+            if recalled is None:
+                return None
+            slots += recalled
         return slots + per_step * self.journal.length + renumbered
 
     def append(self, keys: mx.array, values: mx.array) -> tuple[Entries, Entries]:
@@ -176,6 +187,8 @@ class Slots(SlotFields):
         )
         # With the journal's entries, or they would keep all columns alive until read.
         logged = self.journal.arrays
+        if self.recall is not None:
+            logged += self.recall.arrays
         self.keys = after(gather(self.keys, columns), logged)
         self.values = after(gather(self.values, columns), logged)
         for name in PER_SLOT[4:]:
@@ -186,7 +199,7 @@ class Slots(SlotFields):
     @property
     def logs(self) -> bool:
         """Whether anybody asks which columns a block evicts."""
-        return bool(self.journal.length or self.observer)
+        return bool(self.journal.length or self.observer or self.recall)
 
     def log_evicted(self, columns: mx.array, *, once: bool = False) -> None:
         """Log the columns [B, H', n] that a block evicts, in order of step.
@@ -198,6 +211,8 @@ class Slots(SlotFields):
         if n and self.observer:
             steps = [self.newest] * n if once else range(self.offset - n, self.offset)
             self.observer.evicted(steps, gather(self.positions, columns))
+        if n and self.recall is not None:
+            self._log_for_recall(columns)
         n = 0 if once else min(self.journal.length, n)
         if n:
             self._log(columns[..., -n:])
@@ -227,10 +242,19 @@ class Slots(SlotFields):
             return
         to = self.offset - n
         if to <= 0:
-            new = Slots(self.rule, self.journal.length, self.storage, self.renumbering)
+            new = Slots(
+                self.rule,
+                self.journal.length,
+                self.storage,
+                self.renumbering,
+                self.recall and self.recall.empty(),
+            )
             new.observer = self.observer
             self.__dict__ = vars(new)
             return
+        if self.recall is not None:
+            heads = self.keys.shape[1]
+            self.recall = self.recall.until(to, self.offset, heads)
         order = self._bring_back(to) if self.evicted else None
         self.offset, self.victim = to, None
         if order is not None:
@@ -254,6 +278,22 @@ class Slots(SlotFields):
         first = when.next_after(max(to, limit))
         known = self.journal.renumbered_since(to)
         return first > self.offset or (known is not None and known.step == first - 1)
+
+    @property
+    def tied_to(self) -> list[mx.array]:
+        return self.recall.tied_to if self.recall is not None else []
+
+    def next_cut(self, offset: int) -> int | None:
+        """Return how many tokens are seen when `do_scheduled` has something to do."""
+        if self.renumbering is not None:
+            return self.renumbering.next_after(offset)
+        return None if self.recall is None else self.recall.next_cut(offset)
+
+    def do_scheduled(self) -> bool:
+        """Do what is due after as many tokens; return whether any key was changed."""
+        if self.recall is not None and self.evicted:
+            self.recall = self.recall.flushed(self.offset)
+        return self.renumber()
 
     def renumber(self) -> bool:
         """If it is time to, give the tokens held the rotary positions 0, 1, 2 …"""
@@ -334,13 +374,27 @@ class Slots(SlotFields):
         )
 
     def _log_victim(self) -> None:
-        if self.victim is None or not self.journal.length:
+        if self.victim is None:
             return
-        self._log(self.victim)
+        read: list[mx.array] = []
+        if self.journal.length:
+            self._log(self.victim)
+            last = self.journal.evicted[-1][1:]
+            read += [a for part in last for a in arrays_of(part)]
+        if self.recall is not None:
+            rows = self._log_for_recall(self.victim)
+            read += [a for part in rows for a in arrays_of(part)]
         # Read before the slot is written: a read that waits turns the write in place
         # into a copy.
-        read = [a for part in self.journal.evicted[-1][1:] for a in arrays_of(part)]
         self.keys, self.values = after(self.keys, read), after(self.values, read)
+
+    def _log_for_recall(self, columns: mx.array) -> Rows:
+        """Give the tokens of columns [B, H', n], in order of step, to the recall."""
+        assert self.recall is not None
+        there = (self.keys, self.values, self.positions)
+        rows = Rows(*(gather(entries, columns) for entries in there))
+        self.recall = self.recall.with_evicted(rows)
+        return rows
 
     def _log_scores(self) -> None:
         if self.scores is None or not self.journal.length or not self.offset:

@@ -13,6 +13,7 @@ from ..errors import CacheStateError
 from ..policies import POLICIES, Rule, resolve_options
 from .entries import Entries, arrays_of, first_slots, gather, is_plain
 from .formats import Storage
+from .recall_state import empty_recall, fill_recall, recall_to_state
 from .rotation import Renumbering
 from .slots import Slots
 
@@ -48,6 +49,9 @@ def to_state(slots: Slots, rule: Rule, **how: Any) -> tuple[Any, ...]:
         config["renumbering"] = slots.renumbering.as_json()
         config["shift"] = slots.shift
         others += [rotary, stored]
+    if slots.recall is not None:
+        arrays, config["recall"] = recall_to_state(slots.recall, slots.offset)
+        others.append(arrays)
     if slots.rule.pinned:
         config["pinned"] = slots.rule.pinned
     entries = (_plain(keys), _plain(values))
@@ -76,7 +80,12 @@ def from_state(state: tuple[Any, ...]) -> tuple[Slots, dict[str, Any]]:
         renumbering = config.get("renumbering")
         if renumbering is not None:
             renumbering = Renumbering.from_json(renumbering)
-        slots = Slots(rule, config["journal"], stored, renumbering)
+        recall, kept = config.get("recall"), None
+        if recall is not None:
+            *others, kept, victim = others
+            others.append(victim)
+            recall = empty_recall(recall, rule.max_size, config["journal"])
+        slots = Slots(rule, config["journal"], stored, renumbering, recall)
         slots.keys = _entries(keys, stored.keys)
         slots.values = _entries(values, stored.values)
         slots.positions, slots.scores, slots.value_norms, *others, slots.victim = others
@@ -90,6 +99,8 @@ def from_state(state: tuple[Any, ...]) -> tuple[Slots, dict[str, Any]]:
             slots.value_norms = None
         slots.offset = offset
         _check(slots)
+        if recall is not None and slots.keys is not None:
+            slots.recall = fill_recall(recall, kept, slots, _entries)
     except _WRONG as error:
         raise CacheStateError(
             f"This is not the state of a tova_mlx cache ({error}). Make it again "

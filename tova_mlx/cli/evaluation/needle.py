@@ -9,7 +9,7 @@ import click
 from ...tables import table
 from ..options import TEXT_FILE, Finite
 from .figures import pm
-from .options import evaluation_options, quantised_options
+from .options import evaluation_options, quantised_options, recall_option
 from .runner import Evaluation, begin
 
 
@@ -22,6 +22,7 @@ from .runner import Evaluation, begin
 )
 @evaluation_options(sizes=(256,))
 @quantised_options
+@recall_option
 @click.option(
     "--length",
     "lengths",

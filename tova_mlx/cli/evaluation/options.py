@@ -119,6 +119,15 @@ def quantised_options(command: F) -> F:
     return command
 
 
+recall_option = click.option(
+    "--recall",
+    type=click.IntRange(min=1),
+    multiple=True,
+    help="Slots of --max-kv-size that bring evicted tokens back, a multiple of 16; may "
+    "be given several times. All is measured without as well.",
+)
+
+
 def quantised(options: dict[str, Any]) -> list[tuple[Any, int]]:
     """Pair the bits with the sizes of groups. Raises UsageError: sizes without bits."""
     bits, groups = options.get("kv_bits", ()), options.get("kv_group_sizes", ())
@@ -139,3 +148,6 @@ def check_settings(options: dict[str, Any]) -> None:
     for policy in options["policies"]:
         for size in options["sizes"]:
             check_policy(policy, size, {})
+            for slots in options.get("recall", ()):
+                if policy != "full":
+                    check_policy(policy, size, {}, slots)

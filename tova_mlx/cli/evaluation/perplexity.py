@@ -8,7 +8,7 @@ import click
 from ...tables import table
 from ..options import TEXT_FILE
 from .figures import percent, pm
-from .options import evaluation_options, quantised_options
+from .options import evaluation_options, quantised_options, recall_option
 from .runner import Evaluation, begin, first_ids
 
 
@@ -16,6 +16,7 @@ from .runner import Evaluation, begin, first_ids
 @click.argument("text", type=TEXT_FILE)
 @evaluation_options(sizes=(64, 128, 256, 512, 1024))
 @quantised_options
+@recall_option
 @click.option(
     "--tokens",
     type=click.IntRange(min=2),

@@ -75,7 +75,11 @@ def begin(
     tokens = partial(tokens_kept, model, context=context)
     try:
         wanted = settings(
-            options["policies"], options["sizes"], quantised(options), tokens
+            options["policies"],
+            options["sizes"],
+            quantised(options),
+            options.get("recall", ()),
+            tokens,
         )
     except OptionError as error:
         raise click.UsageError(in_options(str(error))) from error

@@ -1,0 +1,290 @@
+"""Rows that were evicted and come back: by hand, by an oracle, and in a real model."""
+
+import copy
+
+import mlx.core as mx
+import numpy as np
+import oracle
+import pytest
+import reference
+from mlx_lm.models import cache as mlx_lm_cache
+
+from tova_mlx import (
+    POLICIES,
+    PolicyKVCache,
+    convert,
+    describe,
+    load_prompt_cache,
+    make_prompt_cache,
+    revert,
+    save_prompt_cache,
+)
+from tova_mlx.caches.options import CacheOptions
+from tova_mlx.errors import CacheStateError, OptionError, UnsupportedModelError
+from tova_mlx.storage import recall as schedule
+from tova_mlx.storage.formats import PLAIN
+
+BOUNDED = [p for p in POLICIES if POLICIES[p].bounded]
+LIMIT, SLOTS, LENGTH = 20, 32, 420
+SCALE = 0.35
+
+
+def new_cache(policy="tova", journal=0, **options):
+    """A cache of one layer that archives rows as they come."""
+    made = CacheOptions.resolve(
+        LIMIT + SLOTS, policy, journal=journal, recall=SLOTS, **options
+    )
+    made.__dict__["archived"] = PLAIN
+    return PolicyKVCache.of(made)
+
+
+def random_layer(seed, n_heads, n_kv_heads, dim=8):
+    """Keys that drift, so that neighbours are alike, and spiky queries."""
+    rng = np.random.default_rng(seed)
+    drift = np.repeat(rng.normal(size=(n_kv_heads, LENGTH // 10, dim)), 10, axis=1)
+    keys = drift + 0.5 * rng.normal(size=(n_kv_heads, LENGTH, dim))
+    queries = 3 * rng.normal(size=(n_heads, LENGTH, dim))
+    values = rng.normal(size=(n_kv_heads, LENGTH, dim + 2))
+    return queries, keys, values
+
+
+def expected(queries, keys, values, rule):
+    """Outputs [n_heads, T, D] and windows {t: sets of positions by KV head}.
+
+    Token by token in float64, with sets of positions and no arrays of windows. What a
+    policy holds does not depend on what is recalled.
+    """
+    n_heads, n_kv_heads = len(queries), len(keys)
+    group = n_heads // n_kv_heads
+    layer = oracle.Layer(rule.as_dict(), n_heads, n_kv_heads, SCALE)
+    evicted = [{} for _ in range(n_kv_heads)]
+    windows, now = {}, [set() for _ in range(n_kv_heads)]
+    outputs = np.zeros((n_heads, LENGTH, values.shape[2]))
+    for t in range(LENGTH):
+        if t % 8 == 0:
+            archived = [{p for p, s in e.items() if s < t // 128 * 128 - 1} for e in evicted]
+            now = [
+                chosen(rows, keys[kv], queries[kv * group : kv * group + group, :t])
+                for kv, rows in enumerate(archived)
+            ]
+        windows[t] = now
+        norm = np.linalg.norm(values[:, t], axis=1)
+        token = oracle.Token(t, keys[:, t], values[:, t], norm)
+        (step,) = layer.read([queries[:, t]], [token], lambda q, k: 0.0)
+        for kv in range(n_kv_heads):
+            c = kv if len(step.seen) > 1 else 0
+            seen = step.seen[c]
+            for p in set(seen) - set(layer.positions()[c]):
+                evicted[kv][p] = t
+            places = sorted({*seen, *now[kv]})
+            assert len(places) == len(seen) + len(now[kv])
+            for h in range(kv * group, kv * group + group):
+                logits = keys[kv, places] @ queries[h, t] * SCALE
+                outputs[h, t] = reference.softmax(logits) @ values[kv, places]
+    return outputs, windows
+
+
+def chosen(archived, keys, queries):
+    """Positions in the blocks that the last six queries [G, t, D] attend to most."""
+    blocks = {}
+    for p in sorted(archived):
+        blocks.setdefault(p // 16, []).append(p)
+    asked = queries[:, -6:].reshape(-1, keys.shape[1])
+    scores = {b: (asked @ keys[ps].mean(axis=0)).max() for b, ps in blocks.items()}
+    best = sorted(scores, key=lambda b: -scores[b])[: SLOTS // 16]
+    return {p for b in best for p in blocks[b]}
+
+
+def feed(cache, arrays, sizes, start=0):
+    """Outputs [n_heads, n, D] of tokens from `start` on, in chunks of these sizes."""
+    outputs = []
+    for size in sizes:
+        q, k, v = (
+            mx.array(a[None, :, start : start + size].astype(np.float32))
+            for a in arrays
+        )
+        mask = cache.make_mask(size)
+        given = cache.update_and_fetch(k, v)
+        outputs.append(np.array(cache.attend(q, *given, scale=SCALE, mask=mask)[0]))
+        start += size
+    return np.concatenate(outputs, axis=1)
+
+
+def window(cache):
+    """Positions in the window by KV head."""
+    rows = cache.slots.recall.window
+    if rows is None:
+        return [set() for _ in range(cache.keys.shape[1])]
+    return [{int(p) for p in head if p >= 0} for head in np.array(rows.positions[0])]
+
+
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [(p, {}) for p in BOUNDED]
+    + [("tova", {"granularity": "head"}), ("fade", {"granularity": "layer"})],
+)
+@pytest.mark.parametrize("heads", [(6, 2), (4, 4)])
+def test_it_is_token_by_token_whatever_the_chunks(policy, options, heads):
+    arrays = random_layer(len(policy), *heads)
+    wanted, windows = expected(*arrays, new_cache(policy, **options).rule)
+    sizes = ([LENGTH], [1] * LENGTH, [100, 1, 27, 128, 1, 1, 40, 122])
+    for chunks in sizes:
+        cache = new_cache(policy, **options)
+        start, outputs = 0, []
+        for size in chunks:
+            outputs.append(feed(cache, arrays, [size], start))
+            start += size
+            assert window(cache) == (windows[start - 1] if start > 128 else window(cache))
+        assert np.abs(np.concatenate(outputs, axis=1) - wanted).max() < 1e-4
+
+
+def snapshot(cache):
+    """All that a recall holds and what of it will be read."""
+    known = cache.slots.recall
+    waiting = [r.positions for r in known.waiting]
+    if cache.slots.victim is not None:
+        # It waits in its slot.
+        positions, victim = cache.slots.positions, cache.slots.victim
+        waiting.append(mx.take_along_axis(positions, victim, axis=2))
+    there = known.archive.there
+    return {
+        # The next token fills it again.
+        "window": cache.seen % 8 and window(cache),
+        "waiting": np.concatenate(waiting, axis=2).tolist(),
+        "archived": None if there is None else np.argwhere(np.array(there)).tolist(),
+        "means": None if there is None else np.array(known.archive.means),
+        "queries": np.array(known.queries)[:, :, -6:],
+    }
+
+
+def assert_same(a, b):
+    for name, value in a.items():
+        if isinstance(value, np.ndarray):
+            # Room that an archive made later is empty.
+            n = min(value.shape[2], b[name].shape[2])
+            assert np.abs(value[:, :, :n] - b[name][:, :, :n]).max() < 1e-6, name
+        else:
+            assert value == b[name], name
+
+
+@pytest.mark.parametrize("policy", ["tova", "h2o", "streaming", "keydiff"])
+@pytest.mark.parametrize("stepwise", [True, False])
+@pytest.mark.parametrize("back", [1, 5, 8, 16])
+def test_taking_tokens_back_takes_back_what_was_recalled(policy, stepwise, back):
+    arrays = random_layer(1, 4, 2)
+    # Before, at and after rows go to the archive, and in the first of them.
+    for to in (129, 250, 256, 257, 383, 384, 390):
+        cache = new_cache(policy, journal=16)
+        feed(cache, arrays, [to])
+        never = snapshot(cache)
+        feed(cache, arrays, [1] * back if stepwise else [back], to)
+        assert cache.trim(back) == back
+        assert_same(never, snapshot(cache))
+        again = feed(cache, arrays, [LENGTH - to], to)
+        fresh = new_cache(policy, journal=16)
+        feed(fresh, arrays, [to])
+        assert np.abs(again - feed(fresh, arrays, [LENGTH - to], to)).max() < 1e-5
+    assert cache.trim(LENGTH) == 0 if not cache.can_trim(LENGTH) else True
+
+
+def test_a_copy_and_its_original_go_their_own_ways():
+    arrays, others = random_layer(1, 4, 2), random_layer(2, 4, 2)
+    cache = new_cache(journal=4)
+    feed(cache, arrays, [300])
+    twin = copy.deepcopy(cache)
+    feed(twin, others, [120], 300)
+    alone = new_cache(journal=4)
+    feed(alone, arrays, [300])
+    want = feed(alone, arrays, [120], 300)
+    assert np.abs(feed(cache, arrays, [120], 300) - want).max() < 1e-6
+
+
+@pytest.mark.parametrize("seen", [25, 128, 131, 257, 384, 400])
+@pytest.mark.parametrize("stepwise", [True, False])
+def test_a_saved_cache_goes_on_as_if_it_had_not_been(seen, stepwise, tmp_path):
+    arrays = random_layer(3, 4, 2)
+    for policy in ("fade", "streaming", "keydiff"):
+        cache = new_cache(policy)
+        feed(cache, arrays, [1] * seen if stepwise else [seen])
+        path = str(tmp_path / "cache.safetensors")
+        mlx_lm_cache.save_prompt_cache(path, [cache])
+        (loaded,) = mlx_lm_cache.load_prompt_cache(path)
+        assert_same(snapshot(cache), snapshot(loaded))
+        rest = [1, 7, LENGTH - seen - 8]
+        want = feed(cache, arrays, rest, seen)
+        assert np.array_equal(feed(loaded, arrays, rest, seen), want)
+
+
+def damaged(change):
+    """The state of a cache, its recall's arrays changed."""
+    arrays = random_layer(3, 4, 2)
+    cache = new_cache("fade")
+    feed(cache, arrays, [300])
+    state = list(cache.state)
+    at = next(i for i, part in enumerate(state) if isinstance(part, tuple))
+    parts = [list(p) if isinstance(p, tuple) else p for p in state[at]]
+    change(parts)
+    state[at] = parts
+    return tuple(state)
+
+
+def _set(i, j, change):
+    def changed(parts):
+        if j is None:
+            parts[i] = change(parts[i])
+        else:
+            parts[i][j] = change(parts[i][j])
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _set(0, 0, lambda a: a[:, :, :256]),
+        _set(0, 1, lambda a: a * mx.nan),
+        _set(0, 2, lambda a: ~a),
+        _set(0, 2, lambda a: a[..., :-16]),
+        _set(0, 2, lambda a: None),
+        _set(1, 0, lambda a: a[:, :, 1:]),
+        _set(1, 2, lambda a: a + 1),
+        _set(1, 2, lambda a: a.astype(mx.int64)),
+        _set(2, 0, lambda a: a[:, :1]),
+        _set(2, 2, lambda a: a - 2**20),
+        _set(2, None, lambda a: None),
+        _set(3, None, lambda a: a[:, :3]),
+        _set(3, None, lambda a: a[:, :, :2]),
+        _set(3, None, lambda a: None),
+    ],
+)
+def test_what_no_reading_could_have_left_is_refused(change):
+    with pytest.raises(CacheStateError, match="not the state"):
+        PolicyKVCache.from_state(damaged(change))
+    assert PolicyKVCache.from_state(damaged(lambda parts: None)).seen == 300
+
+
+def test_bytes_stay_below_what_is_said_and_the_archive_is_counted_apart():
+    arrays = random_layer(4, 4, 2)
+    for policy in ("tova", "fade", "streaming"):
+        for journal in (0, 16):
+            cache = new_cache(policy, journal=journal)
+            most = 0
+            for start in range(0, LENGTH, 5):
+                feed(cache, arrays, [5], start)
+                most = max(most, cache.nbytes)
+            assert 0.5 * cache.max_nbytes < most <= cache.max_nbytes
+            assert cache.archive_nbytes > 0
+
+
+def test_what_cannot_work_is_refused():
+    for recall in (-16, 8, 17, True, 16.0, "16"):
+        with pytest.raises(OptionError, match="recall"):
+            PolicyKVCache(64, recall=recall)
+    with pytest.raises(OptionError, match="leaves the policy none"):
+        PolicyKVCache(64, recall=64)
+    with pytest.raises(OptionError, match="leaves no room"):
+        PolicyKVCache(36, "streaming", recall=32)
+    with pytest.raises(OptionError, match="evicts nothing"):
+        PolicyKVCache(None, "full", recall=16)
+    with pytest.raises(OptionError, match="prefill"):
+        PolicyKVCache(64, recall=16, prefill="once")

@@ -1,0 +1,189 @@
+"""A layer's recall as arrays and scalars, and back, or refused with the reason.
+
+What it knows follows from what was seen: each token is held, in the archive or waits
+for it, once; so does the number of rows in each place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from .archive import BLOCK, Archive, Rows
+from .entries import arrays_of, first_slots, is_plain
+from .formats import Storage
+from .recall import LAST, PERIOD, REFILL, Recall
+
+if TYPE_CHECKING:
+    from .slots import Slots
+
+_SCHEDULE = [REFILL, LAST, PERIOD]
+
+
+def recall_to_state(recall: Recall, offset: int) -> tuple[Any, dict[str, Any]]:
+    """Return arrays, nested, and what JSON can hold; offset: tokens seen."""
+    archive, waiting = recall.archive, recall.joined()
+    keys, values = (_plain(e) for e in (archive.keys, archive.values))
+    arrays = (
+        (keys, values, archive.there),
+        _plain_rows(waiting),
+        # The next token may fill it again.
+        _plain_rows(recall.window if offset % REFILL else None),
+        recall.queries,
+    )
+    config = {
+        "slots": recall.slots,
+        "archived": archive.storage.as_json(),
+        "schedule": _SCHEDULE,
+    }
+    return arrays, config
+
+
+def empty_recall(config: Any, limit: Any, journal: int) -> Recall:
+    """Return the recall of a `recall_to_state` without its arrays.
+
+    limit: tokens held before one is evicted. Raises ValueError, TypeError, LookupError.
+    """
+    slots = config["slots"]
+    if type(slots) is not int or slots <= 0 or slots % BLOCK or limit is None:
+        raise ValueError(f"{slots!r} slots for recall")
+    if config["schedule"] != _SCHEDULE:
+        raise ValueError(f"recall every {config['schedule']!r} tokens")
+    archive = Archive(Storage.from_json(config["archived"]))
+    return Recall(slots, limit, archive, journal)
+
+
+def fill_recall(recall: Recall, arrays: Any, slots: Slots, entries: Any) -> Recall:
+    """Return a recall with the arrays of a `recall_to_state`.
+
+    slots: of the layer, checked; entries(state, form): as `from_state` reads them.
+    Raises ValueError, TypeError: no reading of a text could have made it.
+    """
+    (keys, values, there), waiting, window, queries = arrays
+    # What went to the archive when rows last could.
+    flushed = slots.offset // PERIOD * PERIOD
+    count = max(0, flushed - 1 - recall.first)
+    left = slots.offset - recall.first - count - (slots.victim is not None)
+    if count:
+        stored = recall.archive.storage
+        archive = replace(
+            recall.archive,
+            count=count,
+            keys=entries(keys, stored.keys),
+            values=entries(values, stored.values),
+            there=there,
+        )
+        _check_archive(archive, slots)
+        archive = archive.summarised()
+    elif any(a is not None for a in (keys, values, there)):
+        raise ValueError("an archive, but nothing was archived")
+    else:
+        archive = recall.archive
+    storage = slots.storage
+    rows = _rows(waiting, slots, max(0, left), (storage.keys, storage.values), entries)
+    read = count and slots.offset % REFILL
+    read_rows = _rows(window, slots, recall.slots if read else 0, None, entries)
+    if read_rows is not None and not (np.array(read_rows.positions) >= -1).all():
+        raise ValueError("recalled rows of no position")
+    _check_queries(queries, slots)
+    _check_together(archive, rows, slots)
+    return replace(
+        recall,
+        archive=archive,
+        waiting=() if rows is None else (rows,),
+        window=read_rows,
+        queries=queries,
+    )
+
+
+def _plain(entries: Any) -> Any:
+    return entries if entries is None or is_plain(entries) else arrays_of(entries)
+
+
+def _plain_rows(rows: Rows | None) -> Any:
+    return None if rows is None else tuple(map(_plain, rows))
+
+
+def _rows(state: Any, slots: Slots, n: int, forms: Any, entries: Any) -> Rows | None:
+    """The n rows of a state; forms: None for those of a window, which are plain."""
+    if state is None or not n:
+        if state is not None or n:
+            raise ValueError(f"not {n} rows")
+        return None
+    keys, values, positions = state
+    form = forms or (None, None)
+    rows = Rows(entries(keys, form[0]), entries(values, form[1]), positions)
+    batch, heads = slots.keys.shape[:2]
+    expected = {
+        "keys": (rows.keys.shape, (batch, heads, n, slots.keys.shape[3])),
+        "values": (rows.values.shape, (batch, heads, n, slots.values.shape[3])),
+    }
+    chosen = heads if forms is None else slots.eviction_heads(slots.keys)
+    _check_array("positions", positions, (batch, chosen, n), mx.int32)
+    for name, (given, wanted) in expected.items():
+        if tuple(given) != wanted:
+            raise ValueError(f"{name} of rows {list(given)}")
+    _check_finite(rows.keys, rows.values)
+    return rows
+
+
+def _check_archive(archive: Archive, slots: Slots) -> None:
+    batch, heads = slots.keys.shape[:2]
+    room = archive.keys.shape[2]
+    if room % BLOCK or room < slots.offset // PERIOD * PERIOD:
+        raise ValueError(f"an archive of {room} positions")
+    for stored, own in ((archive.keys, slots.keys), (archive.values, slots.values)):
+        if tuple(stored.shape) != (batch, heads, room, own.shape[3]):
+            raise ValueError(f"an archive of {list(stored.shape)}")
+    shape = (batch, slots.eviction_heads(slots.keys), room)
+    _check_array("there", archive.there, shape, mx.bool_)
+    _check_finite(archive.keys, archive.values)
+
+
+def _check_queries(queries: Any, slots: Slots) -> None:
+    batch, heads, _, width = slots.keys.shape
+    if not isinstance(queries, mx.array) or queries.ndim != 4:
+        raise ValueError("queries that are not an array")
+    shape = queries.shape
+    if (
+        (shape[0], shape[3]) != (batch, width)
+        or not shape[1]
+        or shape[1] % heads
+        or not min(LAST, slots.offset) <= shape[2] <= slots.offset
+        or not mx.issubdtype(queries.dtype, mx.floating)
+    ):
+        raise ValueError("queries that are not the last")
+    _check_finite(queries)
+
+
+def _check_together(archive: Archive, waiting: Rows | None, slots: Slots) -> None:
+    """Every token seen is in one place."""
+    positions = first_slots(slots.positions_of(slots.keys.shape[2]), slots.taken)
+    known = [np.array(positions)]
+    if waiting is not None:
+        known.append(np.array(waiting.positions))
+    there = None if archive.there is None else np.array(archive.there)
+    for place in np.ndindex(known[0].shape[:2]):
+        parts = [part[place] for part in known]
+        if there is not None:
+            parts.append(np.flatnonzero(there[place]))
+        if not np.array_equal(np.sort(np.concatenate(parts)), np.arange(slots.offset)):
+            raise ValueError("tokens that are in no place, or in several")
+
+
+def _check_array(name: str, array: Any, shape: tuple[int, ...], dtype: Any) -> None:
+    if (
+        not isinstance(array, mx.array)
+        or tuple(array.shape) != shape
+        or array.dtype != dtype
+    ):
+        raise ValueError(f"{name} are not {dtype} {list(shape)}")
+
+
+def _check_finite(*entries: Any) -> None:
+    for a in (a for e in entries for a in arrays_of(e)):
+        if not mx.isfinite(a).all().item():
+            raise ValueError("rows that are not numbers")
