@@ -1,6 +1,8 @@
 """Rows that were evicted and come back: by hand, by an oracle, and in a real model."""
 
 import copy
+import errno
+import os
 
 import mlx.core as mx
 import numpy as np
@@ -12,17 +14,14 @@ from mlx_lm.models import cache as mlx_lm_cache
 from tova_mlx import (
     POLICIES,
     PolicyKVCache,
-    convert,
-    describe,
     load_prompt_cache,
-    make_prompt_cache,
-    revert,
     save_prompt_cache,
 )
 from tova_mlx.caches.options import CacheOptions
-from tova_mlx.errors import CacheStateError, OptionError, UnsupportedModelError
-from tova_mlx.storage import recall as schedule
+from tova_mlx.errors import CacheStateError, OptionError
+from tova_mlx.storage.disk_archive import Disk
 from tova_mlx.storage.formats import PLAIN
+from tova_mlx.storage.log_directory import LogDirectory
 
 BOUNDED = [p for p in POLICIES if POLICIES[p].bounded]
 LIMIT, SLOTS, LENGTH = 20, 32, 420
@@ -62,9 +61,11 @@ def expected(queries, keys, values, rule):
     outputs = np.zeros((n_heads, LENGTH, values.shape[2]))
     for t in range(LENGTH):
         if t % 8 == 0:
-            archived = [{p for p, s in e.items() if s < t // 128 * 128 - 1} for e in evicted]
+            archived = [
+                {p for p, s in e.items() if s < t // 128 * 128 - 1} for e in evicted
+            ]
             now = [
-                chosen(rows, keys[kv], queries[kv * group : kv * group + group, :t])
+                chosen(rows, keys[kv], queries[kv * group : kv * group + group, : t + 1])
                 for kv, rows in enumerate(archived)
             ]
         windows[t] = now
@@ -134,7 +135,9 @@ def test_it_is_token_by_token_whatever_the_chunks(policy, options, heads):
         for size in chunks:
             outputs.append(feed(cache, arrays, [size], start))
             start += size
-            assert window(cache) == (windows[start - 1] if start > 128 else window(cache))
+            assert window(cache) == (
+                windows[start - 1] if start > 128 else window(cache)
+            )
         assert np.abs(np.concatenate(outputs, axis=1) - wanted).max() < 1e-4
 
 
@@ -288,3 +291,122 @@ def test_what_cannot_work_is_refused():
         PolicyKVCache(None, "full", recall=16)
     with pytest.raises(OptionError, match="prefill"):
         PolicyKVCache(64, recall=16, prefill="once")
+
+
+def on_disk(cache, path, name="layer", **options):
+    cache.archive_on(Disk(LogDirectory(path), name, **options))
+    return cache
+
+
+@pytest.mark.parametrize("policy", ["tova", "fade", "streaming", "keydiff"])
+@pytest.mark.parametrize("options", [{}, {"granularity": "head"}])
+def test_an_archive_on_disk_gives_what_one_in_memory_gives(policy, options, tmp_path):
+    if options and "granularity" not in POLICIES[policy].options:
+        return
+    arrays = random_layer(5, 4, 2)
+    here = new_cache(policy, **options)
+    there = on_disk(new_cache(policy, **options), tmp_path / "a")
+    for start in range(0, LENGTH, 70):
+        want = feed(here, arrays, [70], start)
+        assert np.abs(feed(there, arrays, [70], start) - want).max() < 1e-6
+    assert window(here) == window(there)
+    log = list((tmp_path / "a").glob("*.rows"))
+    assert sum(f.stat().st_size for f in log) == there.archive_nbytes > 0
+
+
+@pytest.mark.parametrize("back", [1, 8, 16])
+def test_rows_on_disk_are_taken_back_too(back, tmp_path):
+    arrays, others = random_layer(1, 4, 2), random_layer(6, 4, 2)
+    for i, to in enumerate((250, 256, 257, 383, 384, 390)):
+        fresh = new_cache(journal=16)
+        feed(fresh, arrays, [to])
+        want = feed(fresh, arrays, [LENGTH - to], to)
+        cache = on_disk(new_cache(journal=16), tmp_path / str(i))
+        feed(cache, arrays, [to])
+        feed(cache, others, [1] * back, to)
+        assert cache.trim(back) == back
+        assert np.abs(feed(cache, arrays, [LENGTH - to], to) - want).max() < 1e-5
+
+
+def test_of_copies_on_one_disk_one_goes_on(tmp_path):
+    arrays, others = random_layer(1, 4, 2), random_layer(2, 4, 2)
+    cache = on_disk(new_cache(), tmp_path / "a")
+    feed(cache, arrays, [300])
+    twin = copy.deepcopy(cache)
+    feed(twin, others, [100], 300)
+    alone = new_cache()
+    feed(alone, arrays, [300])
+    want = feed(alone, arrays, [120], 300)
+    assert np.abs(feed(cache, arrays, [120], 300) - want).max() < 1e-6
+    with pytest.raises(CacheStateError, match="copy of this cache has gone on"):
+        feed(twin, others, [8], 400)
+
+
+def test_what_is_on_disk_is_saved_and_goes_on_where_it_is_loaded(tmp_path):
+    arrays = random_layer(3, 4, 2)
+    cache = on_disk(new_cache("fade"), tmp_path / "a")
+    feed(cache, arrays, [300])
+    path = save_prompt_cache(tmp_path / "prompt", [cache])
+    (loaded,), _ = load_prompt_cache(path)
+    want = feed(cache, arrays, [120], 300)
+    assert np.abs(feed(loaded, arrays, [120], 300) - want).max() < 1e-6
+    (again,), _ = load_prompt_cache(path)
+    on_disk(again, tmp_path / "b")
+    assert np.abs(feed(again, arrays, [120], 300) - want).max() < 1e-6
+    mlx_lm_cache.save_prompt_cache(str(tmp_path / "no.safetensors"), [cache])
+    with pytest.raises(CacheStateError, match="archive on disk"):
+        load_prompt_cache(tmp_path / "no")
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_a_disk_that_takes_no_more_ends_it_or_is_done_without(
+    forgets, tmp_path, monkeypatch
+):
+    def write(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    arrays = random_layer(3, 4, 2)
+    cache = on_disk(new_cache(), tmp_path / "a", forgets=forgets)
+    feed(cache, arrays, [270])
+    alone = new_cache()
+    feed(alone, arrays, [270])
+    with monkeypatch.context() as context:
+        context.setattr(os, "pwrite", write)
+        context.setattr(os, "write", write)
+        if forgets:
+            feed(cache, arrays, [150], 270)
+        else:
+            with pytest.raises(CacheStateError, match="No space left"):
+                feed(cache, arrays, [150], 270)
+    if forgets:
+        disk = cache.slots.recall.archive.disk
+        assert "No space left" in disk.failed
+        assert disk.lost_after > 0
+        # What was written before is there, and nothing else.
+        there = disk.rows().positions
+        assert {p for head in window(cache) for p in head} <= set(
+            there.flatten().tolist()
+        )
+        path = save_prompt_cache(tmp_path / "prompt", [cache])
+        (loaded,), _ = load_prompt_cache(path)
+        assert loaded.slots.recall.archive.lost == disk.lost_after
+    else:
+        # It is as it was before what could not be written.
+        cache.trim(cache.seen - 270)
+        assert cache.seen == 270
+        cache.archive_on(None)
+        assert_same(snapshot(alone), snapshot(cache))
+
+
+def test_a_limit_on_disk_is_kept_and_the_oldest_go(tmp_path):
+    arrays = random_layer(3, 4, 2)
+    cache = on_disk(new_cache("streaming"), tmp_path / "a", limit=128 * 150)
+    feed(cache, arrays, [LENGTH])
+    disk = cache.slots.recall.archive.disk
+    assert disk.nbytes < 128 * 150 * 1.6
+    oldest = disk.rows().positions.min().item()
+    assert oldest > 4
+    assert all(p >= oldest for head in window(cache) for p in head)
+    path = save_prompt_cache(tmp_path / "prompt", [cache])
+    (loaded,), _ = load_prompt_cache(path)
+    assert loaded.slots.recall.archive.lost > 0

@@ -1,11 +1,11 @@
 """The log on disk gives back what was appended, or says that it cannot."""
 
 import errno
-import json
 import os
 import shutil
 import sys
 import tempfile
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +16,12 @@ from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
-    precondition,
     rule,
 )
 
 from tova_mlx.errors import CacheStateError
 from tova_mlx.storage.log_directory import LogDirectory
-from tova_mlx.storage.row_log import BLOCK, HEADER
+from tova_mlx.storage.row_log import BLOCK, MAGIC
 
 PARTS = {
     "keys": (np.float16, (3, 8)),
@@ -32,14 +31,6 @@ PARTS = {
 # Of a row of all parts: 48 + 20 + 4.
 ROW_BYTES = 72
 SMALL = {"keys": (np.float16, (3,)), "positions": (np.int32, ())}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_waiting_for_the_disk():
-    # What a killed process wrote is there without it.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: None)
-        yield
 
 
 def made(numbers, salt=0, parts=PARTS):
@@ -71,7 +62,7 @@ def assert_holds(log, first, count, salt=0, parts=PARTS):
 
 
 def blocks_bytes(blocks, row_bytes=ROW_BYTES, parts=3):
-    return parts * HEADER.size + blocks * (row_bytes * BLOCK + 4 * parts)
+    return parts * len(MAGIC) + blocks * (row_bytes * BLOCK + 4 * parts)
 
 
 class Sequences(RuleBasedStateMachine):
@@ -126,21 +117,6 @@ class Sequences(RuleBasedStateMachine):
             n: (len(numbers), *shape) for n, (_, shape) in PARTS.items()
         }
 
-    @precondition(lambda self: self.most)
-    @rule()
-    def reopen(self):
-        self.directory.keep = True
-        self.directory.close()
-        self.directory = LogDirectory.open(self.place / "new" / "logs")
-        self.log = self.directory.log("layer-0", PARTS, self.limit and 64 * self.places)
-        assert self.log.lost == 0
-        self.most = max(self.most, self._blocks(-(-len(self.rows) // BLOCK)))
-
-    @rule()
-    def flush(self):
-        self.log.flush()
-        self.most = max(self.most, self._blocks(-(-len(self.rows) // BLOCK)))
-
     @invariant()
     def counts(self):
         if not hasattr(self, "log"):
@@ -159,7 +135,6 @@ class Sequences(RuleBasedStateMachine):
 
     def teardown(self):
         if hasattr(self, "directory"):
-            self.directory.keep = False
             self.directory.close()
             shutil.rmtree(self.place)
 
@@ -168,15 +143,6 @@ TestSequences = Sequences.TestCase
 TestSequences.settings = settings(
     max_examples=60, stateful_step_count=20, deadline=None
 )
-
-
-def test_bytes_per_row_is_that_of_a_block(tmp_path):
-    with_logs = LogDirectory(tmp_path / "logs")
-    log = with_logs.log("a", PARTS)
-    assert log.bytes_per_row == ROW_BYTES + 3 * 4 / BLOCK
-    log.append(made(range(10 * BLOCK)))
-    assert with_logs.nbytes == 3 * HEADER.size + 10 * BLOCK * log.bytes_per_row
-    with_logs.close()
 
 
 def test_rows_of_another_shape_or_type_are_refused(tmp_path):
@@ -215,61 +181,43 @@ def test_reading_does_not_bring_the_file_into_memory(tmp_path):
     with_logs.close()
 
 
-def kept(path, count, parts=SMALL, **options):
-    with_logs = LogDirectory(path, keep=True)
-    log = with_logs.log("a", parts, **options)
-    log.append(made(range(count), parts=parts))
-    first = log.first
-    with_logs.close()
-    return first
-
-
 def block_bytes(name):
     dtype, shape = SMALL[name]
     return BLOCK * np.dtype(dtype).itemsize * int(np.prod(shape)) + 4
 
 
-def opened(saved, path):
-    """A copy of what was kept, opened to be deleted."""
-    shutil.copytree(saved, path)
-    return LogDirectory.open(path, keep=False)
+@pytest.mark.parametrize("name", SMALL)
+def test_a_bit_flipped_anywhere_in_a_block_is_noticed(tmp_path, name):
+    with_logs = LogDirectory(tmp_path / "logs")
+    log = with_logs.log("a", SMALL)
+    log.append(made(range(3 * BLOCK), parts=SMALL))
+    size, file = block_bytes(name), tmp_path / "logs" / f"a.{name}.rows"
+    whole = file.read_bytes()
+    with open(file, "r+b", buffering=0) as f:
+        for i in range(size):
+            at = len(MAGIC) + size + i
+            os.pwrite(f.fileno(), bytes([whole[at] ^ 1 << i % 8]), at)
+            with pytest.raises(CacheStateError, match="block 1 is damaged"):
+                log.take([BLOCK + 3])
+            os.pwrite(f.fileno(), whole[at : at + 1], at)
+    assert_holds(log, 0, 3 * BLOCK, parts=SMALL)
+    with_logs.close()
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_a_last_block_that_is_torn_anywhere_is_left_out(tmp_path, name):
-    count = 2 * BLOCK + 10
-    kept(tmp_path / "saved", count)
-    file = tmp_path / "saved" / f"a.{name}.rows"
+def test_a_last_block_that_is_torn_anywhere_is_an_error(tmp_path, name):
+    with_logs = LogDirectory(tmp_path / "logs")
+    log = with_logs.log("a", SMALL)
+    log.append(made(range(2 * BLOCK + 10), parts=SMALL))
+    file = tmp_path / "logs" / f"a.{name}.rows"
     whole = file.read_bytes()
-    for cut in range(1, block_bytes(name) + 1):
-        file.write_bytes(whole[:-cut])
-        with_logs = opened(tmp_path / "saved", tmp_path / "copy")
-        log = with_logs.log("a", SMALL)
-        assert (log.count, log.lost) == (2 * BLOCK, 10)
-        if cut % 97 == 1:
-            assert_holds(log, 0, 2 * BLOCK, parts=SMALL)
-            log.append(made(range(2 * BLOCK, 300), salt=1, parts=SMALL))
-            again = np.arange(2 * BLOCK, 300)
-            assert_same(log.take(again), made(again, 1, SMALL))
-        with_logs.close()
-        assert not (tmp_path / "copy").exists() or not [*(tmp_path / "copy").iterdir()]
-        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_a_bit_flipped_anywhere_in_the_last_block_is_noticed(tmp_path, name):
-    kept(tmp_path / "saved", 2 * BLOCK)
-    file = tmp_path / "saved" / f"a.{name}.rows"
-    whole = file.read_bytes()
-    for i in range(1, block_bytes(name) + 1):
-        changed = bytearray(whole)
-        changed[-i] ^= 1 << i % 8
-        file.write_bytes(changed)
-        with_logs = opened(tmp_path / "saved", tmp_path / "copy")
-        log = with_logs.log("a", SMALL)
-        assert (log.count, log.lost) == (BLOCK, BLOCK)
-        with_logs.close()
-        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+    for length in reversed(range(len(whole) - block_bytes(name), len(whole))):
+        os.truncate(file, length)
+        with pytest.raises(CacheStateError, match="block 1 is damaged"):
+            log.take([0, 2 * BLOCK - 1])
+    sound = np.r_[0:BLOCK, 2 * BLOCK : 2 * BLOCK + 10]
+    assert_same(log.take(sound), made(sound, parts=SMALL))
+    with_logs.close()
 
 
 def test_a_bit_flipped_in_an_earlier_block_is_an_error_when_it_is_read(tmp_path):
@@ -278,7 +226,7 @@ def test_a_bit_flipped_in_an_earlier_block_is_an_error_when_it_is_read(tmp_path)
     log.append(made(range(4 * BLOCK), parts=SMALL))
     file = tmp_path / "logs" / "a.keys.rows"
     changed = bytearray(file.read_bytes())
-    changed[HEADER.size + block_bytes("keys") + 17] ^= 4
+    changed[len(MAGIC) + block_bytes("keys") + 17] ^= 4
     with open(file, "r+b") as f:
         f.write(changed)
     for _ in range(2):
@@ -300,7 +248,7 @@ def test_a_block_in_the_place_of_another_is_an_error(tmp_path):
     for name in SMALL:
         size, file = block_bytes(name), tmp_path / "logs" / f"a.{name}.rows"
         with open(file, "r+b") as f:
-            f.seek(HEADER.size)
+            f.seek(len(MAGIC))
             first = f.read(size)
             f.write(first)
     with pytest.raises(CacheStateError, match="block 1 is damaged"):
@@ -320,16 +268,15 @@ def test_a_file_cut_off_after_it_was_read_is_an_error_not_a_crash(tmp_path):
     with_logs.close()
 
 
-def test_a_block_that_not_all_parts_have_does_not_count(tmp_path):
-    kept(tmp_path / "logs", 3 * BLOCK)
-    file = tmp_path / "logs" / "a.positions.rows"
-    os.truncate(file, file.stat().st_size - block_bytes("positions"))
-    with_logs = LogDirectory.open(tmp_path / "logs")
-    assert with_logs.logs["a"].lost == BLOCK
-    # Noted at once, lest a run that is killed later leaves other rows for them.
-    noted = json.loads((tmp_path / "logs" / "kept.json").read_text())
-    assert noted["a"]["count"] == 2 * BLOCK
-    assert_holds(with_logs.logs["a"], 0, 2 * BLOCK, parts=SMALL)
+def test_a_log_cut_below_its_first_row_is_empty_and_goes_on(tmp_path):
+    with_logs = LogDirectory(tmp_path / "logs")
+    log = with_logs.log("a", PARTS, 128)
+    log.append(made(range(300)))
+    assert_holds(log, 3 * BLOCK, 300)
+    log.truncate(BLOCK + 6)
+    assert_holds(log, BLOCK + 6, BLOCK + 6)
+    log.append(made(range(BLOCK + 6, 2 * BLOCK + 9)))
+    assert_holds(log, BLOCK + 6, 2 * BLOCK + 9)
     with_logs.close()
 
 
@@ -341,7 +288,7 @@ def test_a_block_written_again_is_checked_again(tmp_path):
     log.truncate(10)
     log.append(made(range(10, BLOCK), parts=SMALL))
     with open(tmp_path / "logs" / "a.keys.rows", "r+b") as file:
-        file.seek(HEADER.size + 7)
+        file.seek(len(MAGIC) + 7)
         file.write(b"?")
     with pytest.raises(CacheStateError, match="block 0 is damaged"):
         log.take([3])
@@ -394,12 +341,41 @@ def test_a_full_disk_leaves_what_was_written(tmp_path, monkeypatch, room, limit)
     assert not (tmp_path / "logs").exists()
 
 
-def test_a_file_that_is_gone_is_noticed_when_writing(tmp_path):
+def test_files_that_others_deleted_are_read_and_written_on(tmp_path):
     with_logs = LogDirectory(tmp_path / "logs")
     log = with_logs.log("a", PARTS)
     log.append(made(range(100)))
-    (tmp_path / "logs" / "a.values.rows").unlink()
-    with pytest.raises(CacheStateError, match=r"a\.values\.rows.*No such file"):
-        log.append(made(range(100, 200)))
-    assert_holds(log, 0, 100)
+    shutil.rmtree(tmp_path / "logs")
+    log.append(made(range(100, 200)))
+    assert_holds(log, 0, 200)
     with_logs.close()
+
+
+def test_a_closed_log_leaves_the_others_and_its_name(tmp_path):
+    with_logs = LogDirectory(tmp_path / "logs")
+    other = with_logs.log("b", PARTS)
+    other.append(made(range(200), salt=1))
+    names, descriptors = set(os.listdir(with_logs.path)), len(os.listdir("/dev/fd"))
+    closed = []
+    for salt in range(3):
+        log = with_logs.log("a", PARTS)
+        log.append(made(range(200), salt))
+        assert_holds(log, 0, 200, salt)
+        log.close()
+        log.close()
+        assert log.closed
+        assert set(os.listdir(with_logs.path)) == names
+        assert len(os.listdir("/dev/fd")) == descriptors
+        assert log.nbytes == 0
+        assert with_logs.nbytes == other.nbytes
+        with pytest.raises(CacheStateError, match="log a is closed"):
+            log.append(made([0]))
+        with pytest.raises(IndexError):
+            log.take([0])
+        assert_same(log.take([]), made([]))
+        closed.append(weakref.ref(log))
+    # The directory does not collect them.
+    assert [each() is None for each in closed] == [True, True, False]
+    assert_holds(other, 0, 200, salt=1)
+    with_logs.close()
+    assert not (tmp_path / "logs").exists()

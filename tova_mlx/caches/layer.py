@@ -21,6 +21,7 @@ from ..eviction import window_mask
 from ..hooks import dispatcher, registration, trimming
 from ..policies import Granularity
 from ..storage.archive import Archive
+from ..storage.disk_archive import Disk, DiskArchive
 from ..storage.entries import Entries, dequantized, to_mlx
 from ..storage.formats import storage_for
 from ..storage.observer import Callback, Observer
@@ -194,6 +195,26 @@ class PolicyKVCache(PolicyCache):
             )
         self._slots = self._slots.twin()
         self.rule = self._slots.rule = self.options.rule.pinning(n)
+
+    @property
+    def archives_on_disk(self) -> bool:
+        """Whether what is evicted is kept on a disk."""
+        recall = self._slots.recall
+        return recall is not None and isinstance(recall.archive, DiskArchive)
+
+    def archive_on(self, disk: Disk | None) -> None:
+        """Keep what is evicted, and was so far, on a disk, or in memory.
+
+        Raises CacheStateError: what is on disk cannot be had.
+        """
+        recall = self._slots.recall
+        assert recall is not None
+        archive = recall.archive.in_memory(self.seen)
+        slots = self._slots.twin()
+        if disk is not None:
+            archive = DiskArchive.of(archive, disk, self.seen)
+        slots.recall = replace(recall, archive=archive)
+        self._slots = slots
 
     def observe(self, callback: Callback | None) -> None:
         """Call back for every eviction from now on; None ends it.

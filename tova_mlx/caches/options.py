@@ -18,10 +18,24 @@ _ARCHIVED = 4
 
 
 @dataclass(frozen=True)
+class ArchiveOptions:
+    """Where what is evicted is kept on disk.
+
+    path: a directory that nobody else uses; limit: bytes, None for none; forgets:
+    whether a cache goes on without what it evicts once nothing can be written.
+    """
+
+    path: str
+    limit: int | None = None
+    forgets: bool = False
+
+
+@dataclass(frozen=True)
 class CacheOptions:
     """What the cache of any layer is made with; see `PolicyKVCache`.
 
-    recall: slots beside those of the rule; archived: how what they bring back is kept.
+    recall: slots beside those of the rule; archived: how what they bring back is kept;
+    archive: where, None for in memory.
     """
 
     rule: Rule
@@ -31,6 +45,7 @@ class CacheOptions:
     renumbering: Renumbering | None = None
     recall: int = 0
     archived: Storage | None = None
+    archive: ArchiveOptions | None = None
 
     def __post_init__(self) -> None:
         """Raises OptionError."""
@@ -88,6 +103,7 @@ class CacheOptions:
         kv_group_size: int = 64,
         renumbering: Renumbering | None = None,
         recall: int = 0,
+        archive: ArchiveOptions | None = None,
         **options: Any,
     ) -> CacheOptions:
         """Check the public options; those of `PolicyKVCache`. Raises OptionError."""
@@ -97,7 +113,14 @@ class CacheOptions:
         if recall:
             plain = stored.is_plain
             archived = storage_for(_ARCHIVED, kv_group_size) if plain else stored
-        return cls(rule, stored, prefill, journal, renumbering, recall, archived)
+        elif archive is not None:
+            raise OptionError(
+                f"archive={archive.path!r} is read with recall only. Use recall=64 for "
+                "example, or leave archive out."
+            )
+        return cls(
+            rule, stored, prefill, journal, renumbering, recall, archived, archive
+        )
 
     def describe(self) -> str:
         """Say all that decides what is held, for errors."""

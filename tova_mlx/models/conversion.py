@@ -4,6 +4,7 @@ Only plain `KVCache` layers are replaced: what a model already bounds itself (sl
 windows, state-space layers) is left alone.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -17,13 +18,14 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from ..caches.layer import PolicyKVCache, new_cache
 from ..caches.lockstep import keep_together
-from ..caches.options import JOURNAL, CacheOptions
+from ..caches.options import JOURNAL, ArchiveOptions, CacheOptions
 from ..caches.refusals import unseen
 from ..errors import TovaError, UnsupportedModelError
 from ..hooks import dispatcher
 from ..hooks.layers import leaves, total
 from ..storage.entries import dequantized
 from ..storage.formats import Storage
+from .archives import archive_on_disk
 from .budget import STEP, Budget, Fit, fit, parse_size
 from .fitting import fitted
 from .known import REFUSED
@@ -45,6 +47,7 @@ def make_prompt_cache(
     kv_group_size: int = 64,
     positions: str = "original",
     recall: int = 0,
+    archive: ArchiveOptions | str | None = None,
     **options: Any,
 ) -> list[Any]:
     """One cache per layer of an mlx-lm model, for `prompt_cache=`.
@@ -64,6 +67,8 @@ def make_prompt_cache(
             next position would leave the range that the model was trained for.
         recall: how many of `max_kv_size` slots bring evicted tokens back, see
             PolicyKVCache; with original positions only, which "auto" then means.
+        archive: a directory, or `ArchiveOptions`, for what is evicted, read with
+            recall; None: in memory, which then grows. Deleted when the caches are.
         options: the policy's own options.
 
     Raises:
@@ -83,6 +88,7 @@ def make_prompt_cache(
         kv_group_size=kv_group_size,
         positions=positions,
         recall=recall,
+        archive=archive,
         **options,
     )
     return _checked(model, made)
@@ -112,7 +118,10 @@ def _fitted(model: nn.Module, made: CacheOptions) -> list[Any]:
     archived: Sequence[Any] = ()
     if made.archived is not None:
         archived = fitted(model, made.archived, _default_caches)
-    return _bounded(model, made, storages, archived)
+    caches = _bounded(model, made, storages, archived)
+    if made.archive is not None:
+        archive_on_disk(caches, made.archive)
+    return caches
 
 
 def tokens_within(
@@ -168,6 +177,8 @@ def _made(
     model: nn.Module, tokens: int | None, *, positions: str = "original", **options: Any
 ) -> CacheOptions:
     """The options of a cache of so many tokens."""
+    if isinstance(archive := options.get("archive"), (str, os.PathLike)):
+        options["archive"] = ArchiveOptions(os.fspath(archive))
     made = CacheOptions.resolve(tokens, **options)
     if positions == "auto" and (made.prefill == "once" or made.recall):
         return made

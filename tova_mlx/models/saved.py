@@ -73,7 +73,8 @@ def save_prompt_cache(
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tova_mlx-") as place:
             # MLX does not write to every name that the system knows.
             written = Path(place) / f"prompt{_SUFFIX}"
-            mlx_lm_cache.save_prompt_cache(str(written), cache, metadata)
+            here = [_in_memory(c) for c in cache]
+            mlx_lm_cache.save_prompt_cache(str(written), here, metadata)
             os.replace(written, path)
     except (OSError, RuntimeError, ValueError) as error:
         raise CacheStateError(
@@ -81,6 +82,17 @@ def save_prompt_cache(
             "space on the disk."
         ) from error
     return path
+
+
+def _in_memory(cache: Any) -> Any:
+    """A cache whose archive is in memory, or the cache itself if it is."""
+    if hasattr(cache, "caches"):
+        return mlx_lm_cache.CacheList(*map(_in_memory, cache.caches))
+    if not isinstance(cache, PolicyKVCache) or not cache.archives_on_disk:
+        return cache
+    twin = PolicyKVCache.of(cache.options, cache.slots.twin(), cache.shares)
+    twin.archive_on(None)
+    return twin
 
 
 def load_prompt_cache(

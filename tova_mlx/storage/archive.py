@@ -30,7 +30,7 @@ from .formats import Storage
 # Neighbours that come back together.
 BLOCK = RECALL_BLOCK
 # Positions for which room is made at least, and by which it grows.
-_ROOM = 1024
+ROOM = 1024
 
 
 class Rows(NamedTuple):
@@ -64,13 +64,14 @@ class Rows(NamedTuple):
 class Archive:
     """Rows evicted, of one layer. Never changed in place.
 
-    storage: their format; count: how many each batch row and head has; there: bool
-    [B, H', C], which positions hold one; means: float32 [B, n_kv_heads, C / 16,
-    head_dim], of the keys of each block.
+    storage: their format; count: how many each batch row and head was given, lost ones
+    too; there: bool [B, H', C], which positions hold one; means: float32 [B,
+    n_kv_heads, C / 16, head_dim], of the keys of each block.
     """
 
     storage: Storage
     count: int = 0
+    lost: int = 0
     keys: Any = None
     values: Any = None
     there: mx.array | None = None
@@ -93,8 +94,7 @@ class Archive:
         """Return an archive that holds these too; seen: above all positions."""
         if not rows.length:
             return self
-        keys, values = self._stored(rows)
-        positions = rows.positions
+        keys, values, positions = stored_as(self.storage, rows)
         grown = self._with_room(keys, values, positions, seen)
         added = replace(
             grown,
@@ -120,32 +120,36 @@ class Archive:
         16. Returns [B, n_kv_heads, W * n, ·], chosen for each set and KV head.
         """
         assert self.there is not None
-        batch, heads, sets = queries.shape[:3]
-        scores = self.block_scores(queries)
-        any_there = self.there.reshape(*self.there.shape[:2], -1, BLOCK).any(axis=-1)
-        scores = mx.where(any_there[:, :, None], scores, -mx.inf)
-        best = mx.argpartition(-scores, n // BLOCK - 1, axis=-1)[..., : n // BLOCK]
-        # Blocks in order of position: what is added up is the same for any order.
-        best = mx.sort(best, axis=-1).reshape(batch, heads, -1)
-        columns = best[..., None] * BLOCK + mx.arange(BLOCK)
-        columns = columns.reshape(batch, heads, sets * n).astype(mx.int32)
+        assert self.means is not None
+        batch, heads = queries.shape[:2]
+        columns = best_positions(queries, self.means, self.there, n)
         there = mx.broadcast_to(self.there, (batch, heads, self.there.shape[2]))
         positions = mx.where(gather(there, columns), columns, -1)
         return Rows(gather(self.keys, columns), gather(self.values, columns), positions)
 
-    def block_scores(self, queries: mx.array) -> mx.array:
-        """Rank blocks for each set of queries, float32 [B, n_kv_heads, W, C / 16]."""
-        assert self.means is not None
-        batch, heads, sets, n, width = queries.shape
-        flat = queries.reshape(batch, heads, sets * n, width)
-        logits = flat @ self.means.swapaxes(2, 3)
-        return logits.reshape(batch, heads, sets, n, -1).max(axis=3)
+    def empty(self) -> Archive:
+        """Return one that holds nothing."""
+        return Archive(self.storage)
 
-    def _stored(self, rows: Rows) -> tuple[Entries, Entries]:
-        """Keys and values in the archive's formats; quantised ones are in them."""
-        if is_plain(rows.keys) and is_plain(rows.values):
-            return self.storage.store(rows.keys, rows.values)
-        return rows.keys, rows.values
+    def in_memory(self, seen: int) -> Archive:
+        """Return the archive itself."""
+        return self
+
+    def synced(self) -> Archive:
+        """Return the archive, ready to be asked for rows."""
+        return self
+
+    def rows(self) -> Rows:
+        """Return all rows, in order of position."""
+        assert self.there is not None
+        room = self.there.shape[2]
+        # Those that are not there come last.
+        last = mx.where(self.there, mx.arange(room), room)
+        positions = mx.sort(last, axis=2)[..., : self.count - self.lost]
+        positions = positions.astype(mx.int32)
+        return Rows(
+            gather(self.keys, positions), gather(self.values, positions), positions
+        )
 
     def _with_room(
         self, keys: Entries, values: Entries, positions: mx.array, seen: int
@@ -154,7 +158,7 @@ class Archive:
         if seen <= there:
             return self
         # By a quarter at least, so that all that is copied is a few times the whole.
-        room = -(-max(seen, there + there // 4) // _ROOM) * _ROOM
+        room = -(-max(seen, there + there // 4) // ROOM) * ROOM
         if self.there is None:
             batch, heads = positions.shape[:2]
             none = [each(lambda a: a[:, :, :0], e) for e in (keys, values)]
@@ -191,6 +195,38 @@ class Archive:
         count = mx.maximum(weights.sum(axis=3), 1)
         means = mx.where(weights, keys, 0).sum(axis=3) / count
         return replace(self, means=write(self.means, means, blocks))
+
+
+def best_positions(
+    queries: mx.array, means: mx.array, there: mx.array, n: int
+) -> mx.array:
+    """Return the n positions of the best blocks, int32 [B, n_kv_heads, W * n].
+
+    queries: float32 [B, n_kv_heads, W, N, head_dim]; means: float32 [B, n_kv_heads,
+    C / 16, head_dim]; there: bool [B, H', C].
+    """
+    batch, heads, sets, each_n, width = queries.shape
+    logits = queries.reshape(batch, heads, -1, width) @ means.swapaxes(2, 3)
+    scores = block_scores(logits.reshape(batch, heads, sets, each_n, -1))
+    any_there = there.reshape(*there.shape[:2], -1, BLOCK).any(axis=-1)
+    scores = mx.where(any_there[:, :, None], scores, -mx.inf)
+    best = mx.argpartition(-scores, n // BLOCK - 1, axis=-1)[..., : n // BLOCK]
+    # In order of position: what is added up is the same for any order.
+    best = mx.sort(best, axis=-1).reshape(batch, heads, -1)
+    columns = best[..., None] * BLOCK + mx.arange(BLOCK)
+    return columns.reshape(batch, heads, -1).astype(mx.int32)
+
+
+def block_scores(logits: mx.array) -> mx.array:
+    """Rank blocks by the logits of N queries, float32 [B, n_kv_heads, W, N, blocks]."""
+    return logits.max(axis=3)
+
+
+def stored_as(storage: Storage, rows: Rows) -> Rows:
+    """Return rows in an archive's formats; quantised ones are in them already."""
+    if is_plain(rows.keys) and is_plain(rows.values):
+        return Rows(*storage.store(rows.keys, rows.values), rows.positions)
+    return rows
 
 
 def _put(there: Any, positions: mx.array, value: bool) -> mx.array:

@@ -62,6 +62,11 @@ def each(function: Callable[..., mx.array], *entries: Any) -> Any:
     return first.with_arrays(function(*part) for part in parts)
 
 
+def with_arrays(entries: Any, arrays: Iterable[mx.array]) -> Any:
+    """Return entries of the same format that consist of these arrays."""
+    return next(iter(arrays)) if is_plain(entries) else entries.with_arrays(arrays)
+
+
 def nbytes(entries: Any) -> int:
     """Return the bytes of entries; 0 for None."""
     return sum(a.nbytes for a in arrays_of(entries))

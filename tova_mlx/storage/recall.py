@@ -16,6 +16,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from .archive import Archive, Rows, as_plain
+from .disk_archive import DiskArchive
 from .entries import Entries, arrays_of, join
 
 # Tokens between two fillings of the window, and queries by which it is filled.
@@ -56,7 +57,7 @@ class Recall:
 
     slots: int
     first: int
-    archive: Archive
+    archive: Archive | DiskArchive
     journal: int = 0
     waiting: tuple[Rows, ...] = ()
     queries: mx.array | None = None
@@ -65,8 +66,7 @@ class Recall:
 
     def empty(self) -> Recall:
         """Return one that knows of nothing."""
-        new = Archive(self.archive.storage)
-        return Recall(self.slots, self.first, new, self.journal)
+        return Recall(self.slots, self.first, self.archive.empty(), self.journal)
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -153,6 +153,8 @@ class Recall:
                 assert window is not None
                 parts.append(window)
             if refills:
+                # Kept: what was written is not written again.
+                self = replace(self, archive=self.archive.synced())
                 chosen = self._chosen(known, [t - start for t in refills], heads)
                 parts.append(chosen)
                 window = chosen.cut(chosen.length - self.slots, chosen.length)
@@ -186,21 +188,22 @@ class Recall:
             return replace(self, window=None)
         assert self.queries is not None
         at = self.queries.shape[2] - offset % REFILL
-        return replace(self, window=self._chosen(self.queries, [at], heads))
+        synced = replace(self, archive=self.archive.synced())
+        return replace(synced, window=synced._chosen(self.queries, [at], heads))
 
     @property
     def _kept_queries(self) -> int:
         # Those by which the window was filled when the last of the journal was read.
         return LAST + (REFILL - 1 + self.journal if self.journal else 0)
 
-    def _chosen(self, queries: mx.array, before: Sequence[int], heads: int) -> Rows:
-        """Fill a window by the queries before each of some numbers."""
+    def _chosen(self, queries: mx.array, last: Sequence[int], heads: int) -> Rows:
+        """Fill windows by the queries up to each of some numbers."""
         batch, n_heads, n, width = queries.shape
-        at = mx.array([[t - LAST + i for i in range(LAST)] for t in before])
+        at = mx.array([[t - LAST + 1 + i for i in range(LAST)] for t in last])
         asked = mx.take(queries, mx.clip(at, 0, n - 1).reshape(-1), axis=2)
-        shape = (batch, heads, n_heads // heads, len(before), LAST, width)
+        shape = (batch, heads, n_heads // heads, len(last), LAST, width)
         asked = asked.reshape(shape).swapaxes(2, 3)
-        asked = asked.reshape(batch, heads, len(before), -1, width)
+        asked = asked.reshape(batch, heads, len(last), -1, width)
         rows = self.archive.choose(asked.astype(mx.float32), self.slots)
         return as_plain(rows, queries.dtype)
 

@@ -26,9 +26,11 @@ _SCHEDULE = [REFILL, LAST, PERIOD]
 def recall_to_state(recall: Recall, offset: int) -> tuple[Any, dict[str, Any]]:
     """Return arrays, nested, and what JSON can hold; offset: tokens seen."""
     archive, waiting = recall.archive, recall.joined()
-    keys, values = (_plain(e) for e in (archive.keys, archive.values))
+    rows: Any = (None, None, None)
+    if isinstance(archive, Archive):
+        rows = (_plain(archive.keys), _plain(archive.values), archive.there)
     arrays = (
-        (keys, values, archive.there),
+        rows,
         _plain_rows(waiting),
         # The next token may fill it again.
         _plain_rows(recall.window if offset % REFILL else None),
@@ -38,6 +40,7 @@ def recall_to_state(recall: Recall, offset: int) -> tuple[Any, dict[str, Any]]:
         "slots": recall.slots,
         "archived": archive.storage.as_json(),
         "schedule": _SCHEDULE,
+        "lost": archive.lost if isinstance(archive, Archive) else None,
     }
     return arrays, config
 
@@ -52,7 +55,14 @@ def empty_recall(config: Any, limit: Any, journal: int) -> Recall:
         raise ValueError(f"{slots!r} slots for recall")
     if config["schedule"] != _SCHEDULE:
         raise ValueError(f"recall every {config['schedule']!r} tokens")
-    archive = Archive(Storage.from_json(config["archived"]))
+    lost = config["lost"]
+    if lost is None:
+        raise ValueError(
+            "it has an archive on disk, which tova_mlx.save_prompt_cache saves too"
+        )
+    if type(lost) is not int or lost < 0:
+        raise ValueError(f"{lost!r} rows lost")
+    archive = Archive(Storage.from_json(config["archived"]), lost=lost)
     return Recall(slots, limit, archive, journal)
 
 
@@ -63,14 +73,19 @@ def fill_recall(recall: Recall, arrays: Any, slots: Slots, entries: Any) -> Reca
     Raises ValueError, TypeError: no reading of a text could have made it.
     """
     (keys, values, there), waiting, window, queries = arrays
+    empty = recall.archive
+    assert isinstance(empty, Archive)
     # What went to the archive when rows last could.
     flushed = slots.offset // PERIOD * PERIOD
     count = max(0, flushed - 1 - recall.first)
     left = slots.offset - recall.first - count - (slots.victim is not None)
+    if empty.lost > count:
+        raise ValueError(f"{empty.lost} rows lost of {count}")
+    archive = empty
     if count:
-        stored = recall.archive.storage
+        stored = empty.storage
         archive = replace(
-            recall.archive,
+            empty,
             count=count,
             keys=entries(keys, stored.keys),
             values=entries(values, stored.values),
@@ -80,8 +95,6 @@ def fill_recall(recall: Recall, arrays: Any, slots: Slots, entries: Any) -> Reca
         archive = archive.summarised()
     elif any(a is not None for a in (keys, values, there)):
         raise ValueError("an archive, but nothing was archived")
-    else:
-        archive = recall.archive
     storage = slots.storage
     rows = _rows(waiting, slots, max(0, left), (storage.keys, storage.values), entries)
     read = count and slots.offset % REFILL
@@ -160,7 +173,7 @@ def _check_queries(queries: Any, slots: Slots) -> None:
 
 
 def _check_together(archive: Archive, waiting: Rows | None, slots: Slots) -> None:
-    """Every token seen is in one place."""
+    """Every token seen is in one place, but for those lost."""
     positions = first_slots(slots.positions_of(slots.keys.shape[2]), slots.taken)
     known = [np.array(positions)]
     if waiting is not None:
@@ -170,7 +183,12 @@ def _check_together(archive: Archive, waiting: Rows | None, slots: Slots) -> Non
         parts = [part[place] for part in known]
         if there is not None:
             parts.append(np.flatnonzero(there[place]))
-        if not np.array_equal(np.sort(np.concatenate(parts)), np.arange(slots.offset)):
+        found = np.sort(np.concatenate(parts))
+        if (
+            len(found) != slots.offset - archive.lost
+            or not (np.diff(found) > 0).all()
+            or not ((found >= 0) & (found < slots.offset)).all()
+        ):
             raise ValueError("tokens that are in no place, or in several")
 
 

@@ -1,0 +1,294 @@
+"""Rows that a layer evicted, to be brought back: on disk.
+
+Rows are appended to a log in the order in which they were evicted. Where each
+position's row is, and the mean key of each block, is in files that nobody else sees.
+What an archive is given waits in memory until it is asked for rows, so that nothing
+waits for the device but that.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import CacheStateError
+from .archive import BLOCK, ROOM, Archive, Rows, best_positions, stored_as
+from .entries import arrays_of, dequantized, each, pad, to_mlx, with_arrays
+from .formats import Storage
+from .log_directory import LogDirectory
+from .row_log import RowLog
+
+
+class Disk:
+    """What of one layer is on disk; changed by every archive that is made of it.
+
+    directory, name: of the layer's log; limit: bytes that it may take, or None;
+    forgets: whether it goes on, without what is evicted, when nothing can be written.
+    """
+
+    def __init__(
+        self,
+        directory: LogDirectory,
+        name: str,
+        *,
+        limit: int | None = None,
+        forgets: bool = False,
+    ):
+        self.directory, self.name = directory, name
+        self.limit, self.forgets = limit, forgets
+        # Why nothing is written any more; rows that are not in the log, before those
+        # that are and after.
+        self.failed, self.lost_before, self.lost_after = "", 0, 0
+        # How often rows were taken back, and at how many each time.
+        self.cuts: list[int] = []
+        self._log: RowLog | None = None
+        self._like: Any = None
+
+    def __deepcopy__(self, memo: Any) -> Disk:
+        return self
+
+    @property
+    def count(self) -> int:
+        """Rows given so far, those that could not be written too."""
+        logged = 0 if self._log is None else self._log.count
+        return self.lost_before + logged + self.lost_after
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._log is None else self._log.nbytes
+
+    def append(self, rows: Rows, seen: int) -> None:
+        """Write rows in an archive's formats. Raises CacheStateError."""
+        if self._log is None:
+            self._begin(rows)
+        assert self._log is not None
+        first, n = self._log.count, rows.length
+        parts = {"positions": np.array(rows.positions).transpose(2, 0, 1)}
+        for name, array in _named(rows.keys, rows.values).items():
+            parts[name] = np.ascontiguousarray(np.array(array).transpose(2, 0, 1, 3))
+        parts["positions"] = np.ascontiguousarray(parts["positions"])
+        if not self.failed:
+            try:
+                self._log.append(parts)
+            except CacheStateError as error:
+                if not self.forgets:
+                    raise
+                self.failed = str(error)
+        written = self._log.count - first
+        self.lost_after += n - written
+        if written:
+            self._note(parts["positions"][:written].transpose(1, 2, 0), first, seen)
+
+    def truncate(self, count: int) -> None:
+        """Forget rows from `count` on."""
+        if count >= self.count:
+            return
+        self.cuts.append(count)
+        self.lost_before = min(self.lost_before, count)
+        if self._log is None:
+            return
+        kept = min(count - self.lost_before, self._log.count)
+        self.lost_after = count - self.lost_before - kept
+        self._log.truncate(kept)
+        gone = self._places >= kept
+        self._places[gone] = -1
+        for block in np.unique(np.argwhere(gone)[:, 2] // BLOCK):
+            self._summarise(np.full((*gone.shape[:2], 1), block))
+
+    def choose(self, queries: mx.array, n: int) -> Rows:
+        """As `Archive.choose`."""
+        assert self._log is not None
+        batch, heads = queries.shape[:2]
+        there = self._places >= self._log.first
+        means = mx.array(np.asarray(self._means))
+        columns = np.array(best_positions(queries, means, to_mlx(there), n))
+        places = np.broadcast_to(self._places, (batch, heads, there.shape[2]))
+        numbers = np.take_along_axis(places, columns, axis=2)
+        keys, values = self._take(numbers)
+        positions = np.where(numbers >= self._log.first, columns, -1)
+        return Rows(keys, values, mx.array(positions.astype(np.int32)))
+
+    def rows(self) -> Rows:
+        """Return all rows that are there, in order of eviction."""
+        assert self._log is not None
+        numbers = np.arange(self._log.first, self._log.count)
+        batch, heads = self._means.shape[:2]
+        keys, values = self._take(
+            np.broadcast_to(numbers, (batch, heads, len(numbers)))
+        )
+        positions = self._log.take(numbers)["positions"].transpose(1, 2, 0)
+        return Rows(keys, values, mx.array(np.ascontiguousarray(positions)))
+
+    def _begin(self, rows: Rows) -> None:
+        arrays = _named(rows.keys, rows.values)
+        batch, heads = rows.keys.shape[:2]
+        parts: dict[str, tuple[Any, tuple[int, ...]]] = {
+            n: (np.array(a[:, :, :0]).dtype, (batch, heads, a.shape[3]))
+            for n, a in arrays.items()
+        }
+        choosers = rows.positions.shape[1]
+        parts["positions"] = (np.dtype(np.int32), (batch, choosers))
+        per_row = sum(np.dtype(t).itemsize * int(np.prod(s)) for t, s in parts.values())
+        limit_rows = None if self.limit is None else max(1, self.limit // per_row)
+        self._like = [each(lambda a: a[:, :, :0], e) for e in (rows.keys, rows.values)]
+        self._log = self.directory.log(self.name, parts, limit_rows)
+        shape = (batch, choosers, 0)
+        self._places = np.zeros(shape, np.int32)
+        self._means = np.zeros((batch, heads, 0, rows.keys.shape[3]), np.float32)
+
+    def _note(self, positions: np.ndarray, first: int, seen: int) -> None:
+        """Note where rows [B, H', n] are, numbered from `first` on."""
+        there = self._places.shape[2]
+        if seen > there:
+            room = -(-max(seen, there + there // 4) // ROOM) * ROOM
+            self._places = self._grown(self._places, room, -1)
+            self._means = self._grown(self._means, room // BLOCK, 0)
+        numbers = np.arange(first, first + positions.shape[2], dtype=np.int32)
+        numbers = np.broadcast_to(numbers, positions.shape)
+        np.put_along_axis(self._places, positions, numbers, axis=2)
+        self._summarise(positions // BLOCK)
+
+    def _grown(self, array: np.ndarray, n: int, value: int) -> np.ndarray:
+        """The array with room for n, in a file that is gone with the process."""
+        shape = (*array.shape[:2], n, *array.shape[3:])
+        with tempfile.TemporaryFile(dir=self.directory.path) as file:
+            grown = np.memmap(file, array.dtype, "w+", shape=shape)
+        grown[:, :, array.shape[2] :] = value
+        grown[:, :, : array.shape[2]] = array
+        return grown
+
+    def _summarise(self, blocks: np.ndarray) -> None:
+        """Make the means of blocks [B, H', n] again."""
+        assert self._log is not None
+        batch, heads = self._means.shape[:2]
+        blocks = np.broadcast_to(blocks, (batch, heads, blocks.shape[2]))
+        columns = (blocks[..., None] * BLOCK + np.arange(BLOCK)).reshape(
+            batch, heads, -1
+        )
+        places = np.broadcast_to(self._places, (batch, heads, self._places.shape[2]))
+        numbers = np.take_along_axis(places, columns, axis=2)
+        keys = np.array(dequantized(self._take(numbers)[0]))
+        keys = keys.reshape(*blocks.shape, BLOCK, -1)
+        weights = (numbers >= self._log.first).reshape(*blocks.shape, BLOCK, 1)
+        means = np.where(weights, keys, 0).sum(axis=3) / np.maximum(
+            weights.sum(axis=3), 1
+        )
+        index = np.broadcast_to(blocks[..., None], means.shape)
+        np.put_along_axis(self._means, index, means.astype(np.float32), axis=2)
+
+    def _take(self, numbers: np.ndarray) -> list[Any]:
+        """Keys and values of rows by number [B, n_kv_heads, n]; any for those gone."""
+        assert self._log is not None
+        if not self._log.count:
+            # Not one could be written.
+            return [pad(like, 0, numbers.shape[2]) for like in self._like]
+        numbers = np.maximum(numbers, self._log.first)
+        some, index = np.unique(numbers, return_inverse=True)
+        index = index.reshape(numbers.shape)
+        taken = self._log.take(some)
+        b, h, _ = np.ogrid[tuple(map(slice, numbers.shape))]
+        found = []
+        for name, like in zip(("keys", "values"), self._like, strict=True):
+            arrays = (
+                mx.array(taken[f"{name}{i}"][index, b, h])
+                for i in range(len(arrays_of(like)))
+            )
+            found.append(with_arrays(like, arrays))
+        return found
+
+
+def _named(keys: Any, values: Any) -> dict[str, mx.array]:
+    """The arrays that keys and values consist of, by the names that a log has."""
+    return {
+        f"{name}{i}": array
+        for name, entries in (("keys", keys), ("values", values))
+        for i, array in enumerate(arrays_of(entries))
+    }
+
+
+@dataclass(frozen=True)
+class DiskArchive:
+    """Rows evicted, of one layer, as an `Archive`; those of a `Disk` up to `count`.
+
+    given: rows that are not written yet; cuts: how many of the disk's this has seen.
+    """
+
+    storage: Storage
+    disk: Disk
+    count: int = 0
+    given: tuple[Rows, ...] = ()
+    seen: int = 0
+    cuts: int = 0
+
+    def __deepcopy__(self, memo: Any) -> DiskArchive:
+        return self
+
+    @property
+    def arrays(self) -> tuple[mx.array, ...]:
+        """What is in memory."""
+        return tuple(a for rows in self.given for part in rows for a in arrays_of(part))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.disk.nbytes
+
+    def empty(self) -> DiskArchive:
+        return DiskArchive(self.storage, self.disk, cuts=len(self.disk.cuts))
+
+    def add(self, rows: Rows, seen: int) -> DiskArchive:
+        """As `Archive.add`."""
+        if not rows.length:
+            return self
+        rows = stored_as(self.storage, rows)
+        count = self.count + rows.length
+        return replace(self, count=count, given=(*self.given, rows), seen=seen)
+
+    def without(self, rows: Rows) -> DiskArchive:
+        """As `Archive.without`: the rows added last."""
+        count = self.count - rows.length
+        given = self.given[:-1] if self.given else ()
+        return replace(self, count=count, given=given)
+
+    def choose(self, queries: mx.array, n: int) -> Rows:
+        """As `Archive.choose`. Raises CacheStateError: rows that cannot be had."""
+        return self.disk.choose(queries, n)
+
+    def in_memory(self, seen: int) -> Archive:
+        """Return the same rows in memory; seen: above all positions."""
+        here = self.synced()
+        if not here.count:
+            return Archive(self.storage)
+        rows = self.disk.rows()
+        archive = Archive(self.storage).add(rows, seen)
+        return replace(archive, count=here.count, lost=here.count - rows.length)
+
+    @classmethod
+    def of(cls, archive: Archive, disk: Disk, seen: int) -> DiskArchive:
+        """Return an archive's rows on a disk that has none."""
+        new = cls(archive.storage, disk)
+        if not archive.count:
+            return new
+        disk.lost_before = archive.lost
+        return replace(new, count=archive.lost).add(archive.rows(), seen)
+
+    def synced(self) -> DiskArchive:
+        """Return the archive with all that it was given written.
+
+        Raises CacheStateError: a copy of it has gone on, or nothing can be written.
+        """
+        disk = self.disk
+        written = self.count - sum(rows.length for rows in self.given)
+        if any(cut < written for cut in disk.cuts[self.cuts :]):
+            raise CacheStateError(
+                "A copy of this cache has gone on with what it had archived on disk. "
+                "Use one of the two only, or an archive in memory."
+            )
+        disk.truncate(written)
+        for rows in self.given:
+            disk.append(rows, self.seen)
+        return replace(self, given=(), cuts=len(disk.cuts))
