@@ -2,23 +2,37 @@
 
 import copy
 import errno
+import gc
 import os
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import oracle
 import pytest
 import reference
+import tiny
+import zoo
+from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models import cache as mlx_lm_cache
 
 from tova_mlx import (
     POLICIES,
     PolicyKVCache,
+    convert,
+    describe,
     load_prompt_cache,
+    make_prompt_cache,
+    revert,
     save_prompt_cache,
 )
 from tova_mlx.caches.options import CacheOptions
-from tova_mlx.errors import CacheStateError, OptionError
+from tova_mlx.errors import CacheStateError, OptionError, UnsupportedModelError
+from tova_mlx.storage.archive import Archive
 from tova_mlx.storage.disk_archive import Disk
 from tova_mlx.storage.formats import PLAIN
 from tova_mlx.storage.log_directory import LogDirectory
@@ -65,7 +79,9 @@ def expected(queries, keys, values, rule):
                 {p for p, s in e.items() if s < t // 128 * 128 - 1} for e in evicted
             ]
             now = [
-                chosen(rows, keys[kv], queries[kv * group : kv * group + group, : t + 1])
+                chosen(
+                    rows, keys[kv], queries[kv * group : kv * group + group, : t + 1]
+                )
                 for kv, rows in enumerate(archived)
             ]
         windows[t] = now
@@ -274,9 +290,14 @@ def test_bytes_stay_below_what_is_said_and_the_archive_is_counted_apart():
             most = 0
             for start in range(0, LENGTH, 5):
                 feed(cache, arrays, [5], start)
-                most = max(most, cache.nbytes)
+                most = max(most, cache.slots.nbytes)
             assert 0.5 * cache.max_nbytes < most <= cache.max_nbytes
-            assert cache.archive_nbytes > 0
+            assert cache.nbytes == cache.slots.nbytes + cache.archive_nbytes
+            row = describe([cache]).rows[0]
+            assert row.bytes_now == cache.slots.nbytes
+            assert row.archive_bytes == cache.archive_nbytes > 0
+            assert row.archived == (LENGTH // 128 * 128) - 1 - LIMIT
+            assert 0 < row.recalled <= SLOTS
 
 
 def test_what_cannot_work_is_refused():
@@ -410,3 +431,166 @@ def test_a_limit_on_disk_is_kept_and_the_oldest_go(tmp_path):
     path = save_prompt_cache(tmp_path / "prompt", [cache])
     (loaded,), _ = load_prompt_cache(path)
     assert loaded.slots.recall.archive.lost > 0
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.make(n_heads=4, n_kv_heads=2, head_dim=64)
+
+
+def exactly(caches):
+    """Caches that archive rows as they come, so that no code can flip."""
+    for cache in caches:
+        recall = cache.slots.recall
+        cache.slots.recall = replace(recall, archive=Archive(PLAIN))
+    return caches
+
+
+@pytest.mark.parametrize("policy", ["tova", "streaming", "keydiff"])
+def test_in_a_model_chunks_do_not_matter(model, policy):
+    tokens = tiny.tokens(300)
+    how = {"policy": policy, "recall": 32, "journal": 0}
+    logits = {}
+    for chunk in (1, 77, 300):
+        caches = exactly(make_prompt_cache(model, 60, **how))
+        logits[chunk] = np.array(tiny.feed(model, tokens, caches, chunk))
+    assert np.abs(logits[1] - logits[77]).max() < 2e-3
+    assert np.abs(logits[1] - logits[300]).max() < 2e-3
+    without = make_prompt_cache(model, 60 - 32, policy=policy)
+    assert np.abs(tiny.feed(model, tokens, without, 77) - logits[77]).max() > 0.01
+
+
+@pytest.mark.parametrize("kv_bits", [None, 8])
+def test_rows_of_a_batch_recall_what_each_evicted(model, kv_bits):
+    texts = [tiny.tokens(n, seed=n) for n in (200, 260, 137)]
+    how = {"policy": "fade", "recall": 32, "journal": 0, "kv_bits": kv_bits}
+    alone, single = [], []
+    for tokens in texts:
+        caches = make_prompt_cache(model, 60, **how)
+        tiny.feed(model, tokens, caches, 500)
+        single.append(copy.deepcopy(caches))
+        alone.append(tiny.feed(model, tiny.tokens(20), caches, 1))
+    batch = [layer[0].merge(layer) for layer in zip(*single, strict=True)]
+    rows = mx.concatenate([tiny.tokens(20)] * 3)
+    together = tiny.feed(model, rows, batch, 1)
+    assert np.abs(np.array(together) - np.concatenate(alone)).max() < 1e-3
+    out = [layer.extract(1) for layer in batch]
+    assert [c.recalled_positions for c in out] == [
+        c.recalled_positions for c in (layer._rows[1] for layer in batch)
+    ]
+    assert all(c.archived == 256 - 1 - 28 for c in out)
+
+
+def test_drafts_that_are_rejected_change_nothing(model):
+    draft = tiny.make(seed=3, n_heads=4, n_kv_heads=2, head_dim=64)
+    prompt = tiny.tokens(120)[0]
+    how = {"policy": "tova", "recall": 32}
+
+    def answer(**options):
+        return [int(t) for t, *_ in options.pop("step")(prompt, model, **options)]
+
+    caches = exactly(make_prompt_cache(model, 60, **how))
+    want = answer(step=generate_step, prompt_cache=caches, max_tokens=60)
+    for n in (1, 3, 7):
+        both = make_prompt_cache(model, 60, **how) + make_prompt_cache(draft, 60, **how)
+        got = answer(
+            step=partial(speculative_generate_step, draft_model=draft),
+            prompt_cache=exactly(both),
+            max_tokens=60,
+            num_draft_tokens=n,
+        )
+        assert got == want
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("deepseek_v3", "latents"),
+        ("gemma3n", "share keys and values"),
+        ("gemma2", "its own attention"),
+    ],
+)
+def test_models_that_it_would_be_wrong_with_are_refused(name, reason):
+    model = zoo.make(name)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        make_prompt_cache(model, 64, policy="streaming", recall=32, kv_group_size=32)
+
+
+def test_positions_that_are_renumbered_are_refused_and_auto_are_not(model):
+    with pytest.raises(OptionError, match="positions='original'"):
+        make_prompt_cache(model, 64, recall=32, positions="compact")
+    made = make_prompt_cache(model, 64, recall=32, positions="auto")
+    assert made[0].options.renumbering is None
+    with pytest.raises(OptionError, match="read with recall only"):
+        make_prompt_cache(model, 64, archive="/tmp/x")
+    with pytest.raises(OptionError, match="does not divide rows of 8"):
+        make_prompt_cache(tiny.make(), 64, recall=32)
+
+
+def test_a_model_archives_on_disk_and_leaves_nothing(model, tmp_path):
+    tokens = tiny.tokens(400)
+    how = {"policy": "fade", "recall": 32, "journal": 0}
+    here = make_prompt_cache(model, 60, **how)
+    want = np.array(tiny.feed(model, tokens, here, 100))
+    convert(model, 60, archive=str(tmp_path / "a"), **how)
+    try:
+        there, other = (mlx_lm_cache.make_prompt_cache(model) for _ in range(2))
+        assert (
+            np.abs(np.array(tiny.feed(model, tokens, there, 100)) - want).max() < 1e-4
+        )
+        tiny.feed(model, tokens, other, 100)
+        assert {p.name for p in (tmp_path / "a").iterdir()} == {
+            "caches-000",
+            "caches-001",
+        }
+        report = describe(there)
+        assert report.totals["archive_bytes"] > 0
+        assert report.totals["archived"] == 384 - 1 - 28
+        assert "archive bytes" in str(report)
+        tiny.feed(model, tokens, there, 100)
+        assert all(c.nbytes == c.slots.nbytes <= c.max_nbytes for c in there)
+        path = save_prompt_cache(tmp_path / "prompt", there, model=model)
+        loaded, _ = load_prompt_cache(path, model=model)
+        more = tiny.tokens(30, seed=5)
+        want = tiny.feed(model, more, there, 10)
+        assert np.abs(tiny.feed(model, more, loaded, 10) - want).max() < 1e-4
+    finally:
+        revert(model)
+    del there, other
+    gc.collect()
+    assert not list((tmp_path / "a").iterdir())
+
+
+PROGRAM = """
+import sys, time
+sys.path.insert(0, sys.argv[2])
+import mlx.core as mx, tiny
+from tova_mlx import make_prompt_cache
+model = tiny.make(n_heads=4, n_kv_heads=2, head_dim=64)
+caches = make_prompt_cache(model, 60, recall=32, archive=sys.argv[1])
+for _ in range(2000):
+    tiny.feed(model, tiny.tokens(50), caches, 50)
+    print(caches[0].seen, flush=True)
+"""
+
+
+def test_a_killed_run_leaves_a_directory_that_can_be_used_again(model, tmp_path):
+    place = tmp_path / "a"
+    command = [sys.executable, "-c", PROGRAM, str(place), str(Path(__file__).parent)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        while int(running.stdout.readline()) < 600:
+            pass
+        with pytest.raises(OptionError, match="in use by another process"):
+            make_prompt_cache(model, 60, recall=32, archive=place)
+        running.kill()
+    assert list(place.rglob("*.rows"))
+    caches = make_prompt_cache(model, 60, recall=32, archive=place)
+    assert not list(place.rglob("*.rows"))
+    tiny.feed(model, tiny.tokens(300), caches, 100)
+    assert caches[0].archived == 256 - 1 - 28
+
+
+def test_a_directory_that_cannot_be_written_is_refused(model, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OptionError, match="archive"):
+        make_prompt_cache(model, 60, recall=32, archive=tmp_path / "file" / "a")

@@ -65,11 +65,12 @@ class PolicyCache:
         mask: "causal", bool or additive; sinks: learned logits [n_heads] in the
         softmax's denominator. Evicts afterwards what the policy says.
         """
-        args = AttentionArgs(scale, mask, sinks)
         if not self._may_attend:
             if self._shared.entries is None:
                 raise attended_again(self.rule)
-            return self._shared.attend(queries, keys, values, **args._asdict())
+            args = {"scale": scale, "mask": mask, "sinks": sinks}
+            return self._shared.attend(queries, keys, values, **args)
+        args = AttentionArgs(scale, mask, sinks)
         output = self._attend(queries, keys, values, args)
         self._pending = None
         return output

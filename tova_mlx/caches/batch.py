@@ -288,7 +288,8 @@ class BatchPolicyKVCache(PolicyCache):
 
     def _steps(self, length: int) -> bool:
         """Whether a chunk of this length is one token for every row."""
-        if length != 1 or self._pads:
+        if length != 1 or self._pads or self.options.recall:
+            # Each row has an archive of its own.
             return False
         # Rows that pin their first tokens, each its own, have rules of their own.
         return all(row.rule == self._rows[0].rule for row in self._rows[1:])
@@ -372,7 +373,9 @@ class BatchPolicyKVCache(PolicyCache):
             output = row.attend(
                 queries[i : i + 1, :, part.queries],
                 *mine,
-                **args.with_mask(_mask_of_row(args.mask, i, part))._asdict(),
+                scale=args.scale,
+                mask=_mask_of_row(args.mask, i, part),
+                sinks=args.sinks,
             )
             outputs.append(pad(output, start, length - stop))
         return mx.concatenate(outputs)

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.models.base import create_causal_mask
 
 from ..attention.arguments import AttentionArgs
@@ -237,18 +238,52 @@ class PolicyKVCache(PolicyCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays of the cache, the journal's too; not of an archive."""
-        return self._slots.nbytes
+        """Bytes of all arrays of the cache, its journal and an archive in memory."""
+        archived = 0 if self.archives_on_disk else self.archive_nbytes
+        return self._slots.nbytes + archived
+
+    @property
+    def recalled_positions(self) -> list[int]:
+        """The indices of the tokens that the last ones could read again, ascending."""
+        recall = self._slots.recall
+        if recall is None or recall.window is None:
+            return []
+        found = np.unique(np.array(recall.window.positions))
+        return found[found >= 0].tolist()
+
+    @property
+    def recalled(self) -> int:
+        """How many tokens, at most in a KV head, the last ones could read again."""
+        recall = self._slots.recall
+        if recall is None or recall.window is None:
+            return 0
+        return int((recall.window.positions >= 0).sum(axis=-1).max())
+
+    @property
+    def archived(self) -> int:
+        """How many tokens were evicted that may be read again."""
+        recall = self._slots.recall
+        return 0 if recall is None else recall.archive.count
+
+    @property
+    def archive_failed(self) -> str:
+        """Why an archive on disk takes no more; empty: it does."""
+        recall = self._slots.recall
+        disk = getattr(recall and recall.archive, "disk", None)
+        return "" if disk is None else disk.failed
 
     @property
     def archive_nbytes(self) -> int:
-        """Bytes of what was evicted and may come back; not part of `nbytes`."""
+        """Bytes of the archive, in memory or on disk."""
         recall = self._slots.recall
         return 0 if recall is None else recall.archive.nbytes
 
     @property
     def max_nbytes(self) -> int | None:
-        """Bytes that the cache can reach; None if unlimited or still empty."""
+        """Bytes that the cache can reach; None if unlimited or still empty.
+
+        An archive is not counted: it is not bounded.
+        """
         return self._slots.max_nbytes
 
     @property

@@ -29,9 +29,14 @@ COMMANDS = """\
 /save FILE   write it to FILE
 /load FILE   go on with the one in FILE
 /stats       what each layer holds
+/recalled    what came back of the evicted, with --recall
 /help        these lines
 /exit        leave (also Ctrl-D)
 Ctrl-C stops an answer, or the reading of a question; twice: at once."""
+
+
+# Texts that /recalled shows.
+_SHOWN = 16
 
 
 @click.command(short_help="A conversation in constant memory")
@@ -259,11 +264,42 @@ def _command(conversation: "Conversation", name: str, argument: str = "") -> Non
     elif name == "/stats":
         from ..models.report import describe
 
-        click.echo(str(describe(conversation.caches)), err=True)
+        report = describe(conversation.caches)
+        click.echo(str(report), err=True)
+        if report.totals["archived"]:
+            click.echo(_recalled(conversation, report), err=True)
+    elif name == "/recalled":
+        click.echo(_texts(conversation), err=True)
     elif name == "/help":
         click.echo(COMMANDS, err=True)
     else:
         click.echo(f"Error: {name} is no command. Type /help for them.", err=True)
+
+
+def _recalled(conversation: "Conversation", report: Any) -> str:
+    """How much came back, and whether an archive on disk takes no more."""
+    tokens = sum(r.stop - r.start for r in conversation.recalled())
+    said = (
+        f"recalled: {tokens} of {report.totals['archived']} evicted tokens in a layer "
+        "or more; /recalled shows them"
+    )
+    failed = {getattr(c, "archive_failed", "") for c in _bounded(conversation)} - {""}
+    return "\n".join([said, *sorted(failed)[:1]])
+
+
+def _texts(conversation: "Conversation") -> str:
+    """The texts that came back, the ones that most layers read first."""
+    found = conversation.recalled()
+    if not found:
+        return "Nothing was recalled."
+    found = sorted(found, key=lambda r: (-r.layers, r.start))
+    lines = [
+        f"{r.start:>7}  {r.layers:>3} {'layer ' if r.layers == 1 else 'layers'}  "
+        f"{' '.join(r.text.split())}"
+        for r in found[:_SHOWN]
+    ]
+    rest = len(found) - _SHOWN
+    return "\n".join([*lines, *([f"… and {rest} more"] if rest > 0 else [])])
 
 
 def _totals(conversation: "Conversation") -> str:

@@ -96,6 +96,21 @@ class KVSize(click.ParamType):
             self.fail(str(error).removeprefix("max_kv_size="), param, ctx)
 
 
+class Bytes(click.ParamType):
+    """A number of bytes, such as 8GB or 512MiB."""
+
+    name = "BYTES"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        # Not before: it imports MLX.
+        from ..models.budget import parse_bytes
+
+        nbytes = parse_bytes(value) if isinstance(value, str) else value
+        if not nbytes:
+            self.fail(f"{value} is no size such as 8GB or 512MiB.", param, ctx)
+        return nbytes
+
+
 def cache_options(command: F, positions: str = "original") -> F:
     """The options that decide what a layer keeps; positions: their default."""
     for option in reversed(
@@ -163,6 +178,24 @@ def cache_options(command: F, positions: str = "original") -> F:
                 show_default=True,
                 help="How many of --max-kv-size bring evicted tokens back, a multiple "
                 "of 16; 0: what is evicted is lost.",
+            ),
+            click.option(
+                "--archive",
+                type=UserPath(file_okay=False),
+                help="Directory for what is evicted, with --recall; deleted at the end."
+                "  [default: in memory]",
+            ),
+            click.option(
+                "--archive-limit",
+                type=Bytes(),
+                help="Bytes that --archive may take, such as 8GB; the oldest tokens "
+                "go.  [default: no limit]",
+            ),
+            click.option(
+                "--archive-full",
+                type=click.Choice(["stop", "forget"]),
+                help="When --archive cannot be written: stop, or go on without what is "
+                "evicted from then on.  [default: stop]",
             ),
             click.option(
                 "--prefill",
@@ -263,6 +296,11 @@ def check(options: dict[str, Any]) -> None:
             "--recall brings tokens back to the positions that they had, which "
             "--positions compact gives to others. Use --positions original."
         )
+    if options["archive"] and not recall:
+        raise click.UsageError("--archive does nothing without --recall.")
+    for name in ("archive_limit", "archive_full"):
+        if options[name] is not None and not options["archive"]:
+            raise click.UsageError(f"{_flag(name)} does nothing without --archive.")
     check_policy(policy, options["max_kv_size"], given(options), recall)
 
 
@@ -358,4 +396,11 @@ def cache_arguments(options: dict[str, Any]) -> dict[str, Any]:
         "positions",
         "recall",
     )
-    return {k: options[k] for k in names} | given(options)
+    arguments = {k: options[k] for k in names} | given(options)
+    if options["archive"]:
+        from ..caches.options import ArchiveOptions
+
+        forgets = options["archive_full"] == "forget"
+        limit = options["archive_limit"]
+        arguments["archive"] = ArchiveOptions(options["archive"], limit, forgets)
+    return arguments

@@ -56,6 +56,11 @@ def serve(
     Example: tova-mlx serve --max-kv-size 1024 --port 8080
     """
     check(options)
+    if options["archive"]:
+        raise click.UsageError(
+            "--archive is of one conversation, and those of a server share what they "
+            "begin with. Leave it out: what is evicted is kept in memory."
+        )
     path = directory(options["model"])
     from mlx_lm import server
 

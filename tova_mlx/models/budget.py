@@ -54,19 +54,24 @@ def parse_size(given: Any) -> Any:
         return Budget("auto", None)
     if re.fullmatch(r"[+-]?\d+", text):
         return int(text)
-    found = _BYTES.fullmatch(text)
-    if found is None:
+    nbytes = parse_bytes(text)
+    if nbytes is None:
         raise OptionError(
             f"max_kv_size={given!r} is not a size. Use a number of tokens, bytes such "
             "as 2GB or 512MiB, or auto."
         )
-    nbytes = int(float(found[1]) * _UNITS[found[2].lower()])
     if nbytes > (there := device_memory()):
         raise OptionError(
             f"max_kv_size={given!r} is more than the {_said(there)} of memory that "
             "this machine has. Use less, or auto."
         )
     return Budget(text, nbytes)
+
+
+def parse_bytes(text: str) -> int | None:
+    """Return the bytes that text like "2GB" or "512 MiB" stands for, or None."""
+    found = _BYTES.fullmatch(text.strip())
+    return found and int(float(found[1]) * _UNITS[found[2].lower()])
 
 
 class Fit(NamedTuple):

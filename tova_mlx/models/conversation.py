@@ -47,6 +47,18 @@ class Turn(NamedTuple):
         return cls(_well_formed(str(question)), _well_formed(str(answer)), bool(ended))
 
 
+class Recalled(NamedTuple):
+    """Neighbours that were evicted and came back: positions from start to stop.
+
+    layers: of how many the window holds one of them, at most.
+    """
+
+    start: int
+    stop: int
+    layers: int
+    text: str
+
+
 class Conversation:
     """Turns of one conversation over one list of caches.
 
@@ -80,6 +92,8 @@ class Conversation:
     def reset(self) -> None:
         """Forget everything."""
         self._turns: list[Turn] = []
+        # All tokens that the caches have seen.
+        self._tokens: list[int] = []
         # Whether caches have yet to read what was said.
         self._unread = False
         self.caches = self._new_caches()
@@ -106,6 +120,7 @@ class Conversation:
         """
         text = _well_formed(text)
         tokens, caches = self._next_turn(text)
+        before = self._tokens[: _seen_by_all(caches)]
         answer: str = ""
         seen: list[Any] = []
 
@@ -126,11 +141,13 @@ class Conversation:
                 for piece in pieces:
                     if not seen:
                         self._turns.append(Turn(text, "", False))
+                        self._tokens = [*before, *tokens]
                     answer += piece.text
                     # The caches before go, so that the next write is in place.
                     self.caches, self._unread = caches, False
                     self._turns[-1] = Turn(text, answer, piece.finish_reason == "stop")
                     seen = _offsets(caches)
+                    self._tokens.append(int(piece.token))
                     yield piece
                     if stop():
                         break
@@ -156,7 +173,9 @@ class Conversation:
         Raises CacheStateError.
         """
         said = [self.system_prompt, self._turns, self._unread]
+        read = self._tokens[: _seen_by_all(self.caches)]
         metadata = {"tova_mlx_chat": json.dumps(said)}
+        metadata["tova_mlx_tokens"] = json.dumps(read)
         return save_prompt_cache(path, self.caches, model=self.model, metadata=metadata)
 
     def load(self, path: str | Path) -> None:
@@ -170,13 +189,38 @@ class Conversation:
                 # Of a version that remembered the last exchange.
                 turns = [] if turns is None else [turns]
             turns = [Turn.of(turn) for turn in turns]
+            # A version before did not note them.
+            tokens = json.loads(metadata.get("tova_mlx_tokens", "[]"))
+            if not all(type(token) is int and token >= 0 for token in tokens):
+                raise TypeError
         except (LookupError, ValueError, TypeError, RecursionError) as error:
             raise CacheStateError(
                 f"{path}: a saved prompt, but not one of a chat. Use a file that /save "
                 "made."
             ) from error
         self.caches, self.system_prompt, self._turns = caches, system_prompt, turns
-        self._unread = unread == [True]
+        self._unread, self._tokens = unread == [True], tokens
+
+    def recalled(self) -> list["Recalled"]:
+        """What the last token could read again of what was evicted, by position.
+
+        Empty without recall; the text is not known of a file of an earlier version.
+        """
+        layers: dict[int, int] = {}
+        for cache in leaves(self.caches):
+            for position in getattr(cache, "recalled_positions", []):
+                layers[position] = layers.get(position, 0) + 1
+        found: list[Recalled] = []
+        for position in sorted(layers):
+            if found and found[-1].stop == position:
+                most = max(found[-1].layers, layers[position])
+                found[-1] = found[-1]._replace(stop=position + 1, layers=most)
+            else:
+                found.append(Recalled(position, position + 1, layers[position], ""))
+        return [
+            r._replace(text=self.tokenizer.decode(self._tokens[r.start : r.stop]))
+            for r in found
+        ]
 
     @property
     def system_tokens(self) -> int:
@@ -309,6 +353,11 @@ def _only_after(mark: str, text: str) -> str | None:
     """What follows `mark`; None unless it is there once."""
     _, *rest = text.split(mark)
     return rest[0] if len(rest) == 1 else None
+
+
+def _seen_by_all(caches: list[Any]) -> int:
+    """Tokens that each layer has seen that says so."""
+    return min((n for n in _offsets(caches) if n is not None), default=0)
 
 
 def _offsets(caches: list[Any]) -> list[int | None]:

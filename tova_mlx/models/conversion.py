@@ -146,8 +146,8 @@ def tokens_within(
         OptionError: too small for the policy, or a policy without a limit.
     """
 
-    made_for = partial(_made, model, **options)
-
+    # What is on disk is not part of it.
+    made_for = partial(_made, model, **{**options, "archive": None})
     most = partial(_most_bytes, model)
     return fit(model, budget, made_for, most, parts=parts, each=each, step=step)
 

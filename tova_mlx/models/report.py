@@ -18,7 +18,11 @@ OURS = (PolicyKVCache, BatchPolicyKVCache)
 
 @dataclass(frozen=True)
 class Row:
-    """A layer. Tokens and bytes; `bytes_at_most` None: without limit or not known."""
+    """A layer. Tokens and bytes; `bytes_at_most` None: without limit or not known.
+
+    archived, archive_bytes: what was evicted and may be recalled; not part of the
+    others. recalled: how many of it the window holds now.
+    """
 
     layer: int
     kind: str
@@ -27,6 +31,9 @@ class Row:
     tokens_seen: int
     bytes_now: int
     bytes_at_most: int | None
+    recalled: int = 0
+    archived: int = 0
+    archive_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,15 +51,18 @@ class Report:
             "tokens_seen": max((r.tokens_seen for r in self.rows), default=0),
             "bytes_now": sum(r.bytes_now for r in self.rows),
             "bytes_at_most": total(r.bytes_at_most for r in self.rows),
+            "recalled": max((r.recalled for r in self.rows), default=0),
+            "archived": max((r.archived for r in self.rows), default=0),
+            "archive_bytes": sum(r.archive_bytes for r in self.rows),
         }
 
     def to_dict(self) -> dict[str, Any]:
         return {"layers": [asdict(r) for r in self.rows], "totals": self.totals}
 
     def __str__(self) -> str:
-        heads = ("layer", "kind", "policy", "held", "seen", "bytes now", "at most")
+        heads = ["layer", "kind", "policy", "held", "seen", "bytes now", "at most"]
         lines = [
-            (
+            [
                 r.layer,
                 r.kind,
                 r.policy or "–",
@@ -60,14 +70,22 @@ class Report:
                 r.tokens_seen,
                 f"{r.bytes_now:,}",
                 _bytes(r.bytes_at_most),
-            )
+            ]
             for r in self.rows
         ]
         t = self.totals
         held, seen = t["tokens_held"], t["tokens_seen"]
         now, most = _bytes(t["bytes_now"]), _bytes(t["bytes_at_most"])
-        last = ("all", "", "", held, seen, now, most)
-        return table([heads, *lines, last], "> < < > > > >")
+        last = ["all", "", "", held, seen, now, most]
+        rows, form = [heads, *lines, last], "> < < > > > >"
+        if t["archived"]:
+            form += " > > >"
+            heads += ["recalled", "archived", "archive bytes"]
+            for line, of in zip(rows[1:], [*self.rows, None], strict=True):
+                found = t if of is None else asdict(of)
+                line += [found["recalled"], found["archived"]]
+                line.append(_bytes(found["archive_bytes"]))
+        return table(rows, form)
 
 
 def describe(cache_or_model: Any) -> Report:
@@ -114,9 +132,19 @@ def _row(layer: int, cache: Any, bound: int | None) -> Row:
         policy=policies[0] if policies else None,
         tokens_held=max(int(c.size()) if hasattr(c, "size") else 0 for c in parts),
         tokens_seen=max(_seen(c) for c in parts),
-        bytes_now=sum(0 if c.empty() else int(c.nbytes) for c in parts),
+        bytes_now=sum(0 if c.empty() else _bytes_of(c) for c in parts),
         bytes_at_most=bound,
+        recalled=max(getattr(c, "recalled", 0) for c in parts),
+        archived=max(getattr(c, "archived", 0) for c in parts),
+        archive_bytes=sum(getattr(c, "archive_nbytes", 0) for c in parts),
     )
+
+
+def _bytes_of(cache: Any) -> int:
+    """Bytes of all but an archive."""
+    if isinstance(cache, PolicyKVCache):
+        return cache.slots.nbytes
+    return int(cache.nbytes)
 
 
 def _seen(cache: Any) -> int:

@@ -132,6 +132,8 @@ def said_of(model: nn.Module, positions: str, caches: list[Any]) -> str:
     when = next((o.renumbering for o in ours if o.renumbering is not None), None)
     if when is not None or positions == "original" or not ours:
         return str(when or "original")
+    if ours[0].recall:
+        return "original: what is recalled comes back to where it was"
     why = _no_range(ours[0].rule.max_size, trained_range(model))
     return f"original: {why}" if why else "original: this model's cannot be renumbered"
 
