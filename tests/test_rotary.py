@@ -476,6 +476,33 @@ def test_quantised_keys_are_stored_once():
     )
 
 
+@pytest.mark.parametrize("chunk", [1, 50])
+def test_a_policy_with_a_score_of_its_own_ranks_quantised_keys_as_they_are_read(chunk):
+    rotation = Rotation(32, False, 10000.0, 1.0)
+    mx.random.seed(5)
+    shared = mx.random.normal((1, 1, 1, 32))
+    tokens = [shared + mx.random.normal((1, 1, 1, 32)) for _ in range(300)]
+    held = {}
+    for kv_bits in (None, (8, 8)):
+        when = Renumbering(0, 16, rotation)
+        how = {"kv_bits": kv_bits, "kv_group_size": 32, "renumbering": when}
+        cache = PolicyKVCache(24, "keydiff", **how)
+        for start in range(0, 300, chunk):
+            some = tokens[start : start + chunk]
+            rotated = [
+                mx.fast.rope(
+                    key, 32, traditional=False, base=10000.0, scale=1.0, offset=o
+                )
+                for o, key in enumerate(some, cache.offset)
+            ]
+            keys = mx.concatenate(rotated, axis=2)
+            mask = cache.make_mask(len(some))
+            given = cache.update_and_fetch(keys, keys)
+            cache.attend(keys, *given, scale=0.1, mask=mask)
+        held[kv_bits] = set(cache.positions.flatten().tolist())
+    assert len(held[None] & held[8, 8]) >= 21
+
+
 def test_looking_at_a_model_leaves_mlx_as_it_was():
     before = mx.fast.rope
     make_prompt_cache(tiny.make(), 12, positions="compact")

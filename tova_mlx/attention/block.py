@@ -228,7 +228,7 @@ def _scan(
     limit = None if once else rule.max_size
     positions = _take(slots.positions, block.columns)
     if rule.score is not None:
-        stored = block.cut(slots.keys), block.cut(slots.values)
+        stored = block.cut(slots.keys_to_read), block.cut(slots.values)
         return scored_scan(*stored, positions, rule, limit=limit, length=length)
     return scan_block(
         masked_logits(cut.queries, cut.keys, cut.args),

@@ -53,7 +53,7 @@ def attend_and_evict(
         if slots.evicted:
             assert slots.positions is not None
             victim = scored_step(
-                first_slots(slots.keys, n),
+                first_slots(slots.keys_to_read, n),
                 first_slots(slots.values, n),
                 first_slots(slots.positions, n),
                 slots.held,
