@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..storage.recall import REFILL, Windows
+from ..storage.recall import Windows
 
 
 class Recalled(NamedTuple):
@@ -37,31 +37,19 @@ def attend_to_windows(queries: mx.array, windows: Windows) -> Recalled:
     batch, n_heads, length, width = queries.shape
     keys, values, positions = windows.rows.plain
     heads = keys.shape[1]
-    n_windows = keys.shape[2] // windows.slots
-    before, all_of = windows.first, n_windows * REFILL
-    padding = [(0, 0), (0, 0), (before, all_of - before - length), (0, 0)]
-    asked = mx.pad(queries.astype(mx.float32), padding)
-    # [B, n_kv_heads, W, G * R, D] by [B, n_kv_heads, W, m, D]
-    asked = asked.reshape(batch, heads, -1, n_windows, REFILL, width).swapaxes(2, 3)
-    asked = asked.reshape(batch, heads, n_windows, -1, width)
-    in_windows = (batch, heads, n_windows, windows.slots)
-    keys = keys.astype(mx.float32).reshape(*in_windows, -1)
-    values = values.astype(mx.float32).reshape(*in_windows, -1)
-    there = positions.reshape(*in_windows)[..., None, :] >= 0
+    asked = queries.astype(mx.float32)
+    # [B, n_kv_heads, L, G, D] by [B, n_kv_heads, L, m, D]
+    asked = asked.reshape(batch, heads, -1, length, width).swapaxes(2, 3)
+    shape = (batch, heads, length, windows.slots)
+    keys = keys.astype(mx.float32).reshape(*shape, -1)
+    values = values.astype(mx.float32).reshape(*shape, -1)
+    there = positions.reshape(*shape)[..., None, :] >= 0
     logits = mx.where(there, asked @ keys.swapaxes(3, 4), -mx.inf)
     lse = mx.logsumexp(logits, axis=-1, keepdims=True)
     # A window without rows has no weight.
     weights = mx.exp(logits - mx.where(lse == -mx.inf, 0, lse))
-    return Recalled(
-        *(
-            _by_query(a, n_heads, n_windows)[:, :, before : before + length]
-            for a in (weights @ values, lse)
-        )
+    output, lse = (
+        a.swapaxes(2, 3).reshape(batch, n_heads, length, -1)
+        for a in (weights @ values, lse)
     )
-
-
-def _by_query(array: mx.array, n_heads: int, n_windows: int) -> mx.array:
-    """[B, n_kv_heads, W, G * R, D] as [B, n_heads, W * R, D]."""
-    batch, heads, _, _, width = array.shape
-    array = array.reshape(batch, heads, n_windows, -1, REFILL, width)
-    return array.swapaxes(2, 3).reshape(batch, n_heads, -1, width)
+    return Recalled(output, lse)

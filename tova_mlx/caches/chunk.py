@@ -85,11 +85,10 @@ def attend(
 def _with_recalled(
     slots: Slots, queries: mx.array, args: AttentionArgs
 ) -> AttentionArgs:
-    """With what the queries read of the evicted; `slots` has stored their tokens."""
+    """With what the queries read of the evicted."""
     assert slots.recall is not None
-    first, heads = slots.offset - queries.shape[2], slots.keys.shape[1]
     scaled = queries * args.scale
-    windows, slots.recall = slots.recall.read_by(scaled, first, heads)
+    windows, slots.recall = slots.recall.read_by(scaled, slots.keys.shape[1])
     if windows is None:
         return args
     return args._replace(recalled=attend_to_windows(scaled, windows))

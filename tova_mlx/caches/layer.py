@@ -63,8 +63,9 @@ class PolicyKVCache(PolicyCache):
         renumbering: when the tokens held get new rotary positions, and how the layer
             rotates its keys; `make_prompt_cache(positions=...)` finds that out.
         recall: how many of `max_size` slots bring evicted tokens back, a multiple of
-            16; every 8 tokens they are filled with what the last 6 queries attend to
-            most of all that was evicted. 0: what is evicted is lost.
+            16: each token reads in them what its query and the last 5 attend to most of
+            all that was evicted, in blocks of 16 neighbours. 0: what is evicted is
+            lost.
         options: the policy's own options, see `POLICIES[policy].options`.
 
     Raises:
@@ -244,20 +245,20 @@ class PolicyKVCache(PolicyCache):
 
     @property
     def recalled_positions(self) -> list[int]:
-        """The indices of the tokens that the last ones could read again, ascending."""
+        """The indices of the tokens that the newest could read again, ascending."""
         recall = self._slots.recall
-        if recall is None or recall.window is None:
+        if recall is None or recall.read is None:
             return []
-        found = np.unique(np.array(recall.window.positions))
+        found = np.unique(np.array(recall.read))
         return found[found >= 0].tolist()
 
     @property
     def recalled(self) -> int:
-        """How many tokens, at most in a KV head, the last ones could read again."""
+        """How many tokens, at most in a KV head, the newest could read again."""
         recall = self._slots.recall
-        if recall is None or recall.window is None:
+        if recall is None or recall.read is None:
             return 0
-        return int((recall.window.positions >= 0).sum(axis=-1).max())
+        return int((recall.read >= 0).sum(axis=-1).max())
 
     @property
     def archived(self) -> int:

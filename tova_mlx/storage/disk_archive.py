@@ -1,14 +1,14 @@
 """Rows that a layer evicted, to be brought back: on disk.
 
-Rows are appended to a log in the order in which they were evicted. Where each
-position's row is, and the mean key of each block, is in files that nobody else sees.
-What an archive is given waits in memory until it is asked for rows, so that nothing
-waits for the device but that.
+Rows are appended to a log in the order in which they were evicted; where each
+position's row is, is in a file that nobody else sees. What an archive is given waits in
+memory until it is asked for rows, so that nothing waits for the device but that.
 """
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +16,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CacheStateError
-from .archive import BLOCK, ROOM, Archive, Rows, best_positions, stored_as
-from .entries import arrays_of, dequantized, each, pad, to_mlx, with_arrays
+from .archive import ROOM, TILE, Archive, Rows, Tile, best_positions, stored_as
+from .entries import arrays_of, each, pad, to_mlx, with_arrays
 from .formats import Storage
 from .log_directory import LogDirectory
 from .row_log import RowLog
@@ -94,32 +94,42 @@ class Disk:
         kept = min(count - self.lost_before, self._log.count)
         self.lost_after = count - self.lost_before - kept
         self._log.truncate(kept)
-        gone = self._places >= kept
-        self._places[gone] = -1
-        for block in np.unique(np.argwhere(gone)[:, 2] // BLOCK):
-            self._summarise(np.full((*gone.shape[:2], 1), block))
+        self._places[self._places >= kept] = -1
 
-    def choose(self, queries: mx.array, n: int) -> Rows:
+    def choose(self, queries: mx.array, n: int, last: int) -> Rows:
         """As `Archive.choose`."""
         assert self._log is not None
-        batch, heads = queries.shape[:2]
-        there = self._places >= self._log.first
-        means = mx.array(np.asarray(self._means))
-        columns = np.array(best_positions(queries, means, to_mlx(there), n))
-        places = np.broadcast_to(self._places, (batch, heads, there.shape[2]))
-        numbers = np.take_along_axis(places, columns, axis=2)
-        keys, values = self._take(numbers)
+        columns = np.array(best_positions(queries, self._tiles(), n, last))
+        numbers = self._numbers(columns)
+        keys, values = self._take(numbers, "keys", "values")
         positions = np.where(numbers >= self._log.first, columns, -1)
-        return Rows(keys, values, mx.array(positions.astype(np.int32)))
+        return Rows(keys, values, to_mlx(positions.astype(np.int32)))
+
+    def _tiles(self) -> Iterator[Tile]:
+        assert self._log is not None
+        batch, heads = self._shape
+        for start in range(0, self._places.shape[2], TILE):
+            stop = min(start + TILE, self._places.shape[2])
+            there = np.asarray(self._places[..., start:stop]) >= self._log.first
+            columns = np.broadcast_to(
+                np.arange(start, stop), (batch, heads, stop - start)
+            )
+            (keys,) = self._take(self._numbers(columns), "keys")
+            yield keys, to_mlx(there)
+
+    def _numbers(self, columns: np.ndarray) -> np.ndarray:
+        """Numbers of the rows at positions [B, n_kv_heads, n]."""
+        places = np.broadcast_to(
+            self._places, (*columns.shape[:2], self._places.shape[2])
+        )
+        return np.take_along_axis(places, columns, axis=2)
 
     def rows(self) -> Rows:
         """Return all rows that are there, in order of eviction."""
         assert self._log is not None
         numbers = np.arange(self._log.first, self._log.count)
-        batch, heads = self._means.shape[:2]
-        keys, values = self._take(
-            np.broadcast_to(numbers, (batch, heads, len(numbers)))
-        )
+        wanted = np.broadcast_to(numbers, (*self._shape, len(numbers)))
+        keys, values = self._take(wanted, "keys", "values")
         positions = self._log.take(numbers)["positions"].transpose(1, 2, 0)
         return Rows(keys, values, mx.array(np.ascontiguousarray(positions)))
 
@@ -134,11 +144,12 @@ class Disk:
         parts["positions"] = (np.dtype(np.int32), (batch, choosers))
         per_row = sum(np.dtype(t).itemsize * int(np.prod(s)) for t, s in parts.values())
         limit_rows = None if self.limit is None else max(1, self.limit // per_row)
-        self._like = [each(lambda a: a[:, :, :0], e) for e in (rows.keys, rows.values)]
+        entries = {"keys": rows.keys, "values": rows.values}
+        self._like = {n: each(lambda a: a[:, :, :0], e) for n, e in entries.items()}
         self._log = self.directory.log(self.name, parts, limit_rows)
         shape = (batch, choosers, 0)
         self._places = np.zeros(shape, np.int32)
-        self._means = np.zeros((batch, heads, 0, rows.keys.shape[3]), np.float32)
+        self._shape = (batch, heads)
 
     def _note(self, positions: np.ndarray, first: int, seen: int) -> None:
         """Note where rows [B, H', n] are, numbered from `first` on."""
@@ -146,11 +157,9 @@ class Disk:
         if seen > there:
             room = -(-max(seen, there + there // 4) // ROOM) * ROOM
             self._places = self._grown(self._places, room, -1)
-            self._means = self._grown(self._means, room // BLOCK, 0)
         numbers = np.arange(first, first + positions.shape[2], dtype=np.int32)
         numbers = np.broadcast_to(numbers, positions.shape)
         np.put_along_axis(self._places, positions, numbers, axis=2)
-        self._summarise(positions // BLOCK)
 
     def _grown(self, array: np.ndarray, n: int, value: int) -> np.ndarray:
         """The array with room for n, in a file that is gone with the process."""
@@ -161,40 +170,22 @@ class Disk:
         grown[:, :, : array.shape[2]] = array
         return grown
 
-    def _summarise(self, blocks: np.ndarray) -> None:
-        """Make the means of blocks [B, H', n] again."""
-        assert self._log is not None
-        batch, heads = self._means.shape[:2]
-        blocks = np.broadcast_to(blocks, (batch, heads, blocks.shape[2]))
-        columns = (blocks[..., None] * BLOCK + np.arange(BLOCK)).reshape(
-            batch, heads, -1
-        )
-        places = np.broadcast_to(self._places, (batch, heads, self._places.shape[2]))
-        numbers = np.take_along_axis(places, columns, axis=2)
-        keys = np.array(dequantized(self._take(numbers)[0]))
-        keys = keys.reshape(*blocks.shape, BLOCK, -1)
-        weights = (numbers >= self._log.first).reshape(*blocks.shape, BLOCK, 1)
-        means = np.where(weights, keys, 0).sum(axis=3) / np.maximum(
-            weights.sum(axis=3), 1
-        )
-        index = np.broadcast_to(blocks[..., None], means.shape)
-        np.put_along_axis(self._means, index, means.astype(np.float32), axis=2)
-
-    def _take(self, numbers: np.ndarray) -> list[Any]:
-        """Keys and values of rows by number [B, n_kv_heads, n]; any for those gone."""
+    def _take(self, numbers: np.ndarray, *parts: str) -> list[Any]:
+        """Keys or values of rows by number [B, n_kv_heads, n]; any for those gone."""
         assert self._log is not None
         if not self._log.count:
             # Not one could be written.
-            return [pad(like, 0, numbers.shape[2]) for like in self._like]
+            return [pad(self._like[part], 0, numbers.shape[2]) for part in parts]
         numbers = np.maximum(numbers, self._log.first)
         some, index = np.unique(numbers, return_inverse=True)
         index = index.reshape(numbers.shape)
         taken = self._log.take(some)
         b, h, _ = np.ogrid[tuple(map(slice, numbers.shape))]
         found = []
-        for name, like in zip(("keys", "values"), self._like, strict=True):
+        for part in parts:
+            like = self._like[part]
             arrays = (
-                mx.array(taken[f"{name}{i}"][index, b, h])
+                mx.array(taken[f"{part}{i}"][index, b, h])
                 for i in range(len(arrays_of(like)))
             )
             found.append(with_arrays(like, arrays))
@@ -254,9 +245,9 @@ class DiskArchive:
         given = self.given[:-1] if self.given else ()
         return replace(self, count=count, given=given)
 
-    def choose(self, queries: mx.array, n: int) -> Rows:
+    def choose(self, queries: mx.array, n: int, last: int) -> Rows:
         """As `Archive.choose`. Raises CacheStateError: rows that cannot be had."""
-        return self.disk.choose(queries, n)
+        return self.disk.choose(queries, n, last)
 
     def in_memory(self, seen: int) -> Archive:
         """Return the same rows in memory; seen: above all positions."""

@@ -15,27 +15,22 @@ import numpy as np
 from .archive import BLOCK, Archive, Rows
 from .entries import arrays_of, first_slots, is_plain
 from .formats import Storage
-from .recall import LAST, PERIOD, REFILL, Recall
+from .recall import LAST, PERIOD, Recall
 
 if TYPE_CHECKING:
     from .slots import Slots
 
-_SCHEDULE = [REFILL, LAST, PERIOD]
+_SCHEDULE = [LAST, PERIOD]
 
 
-def recall_to_state(recall: Recall, offset: int) -> tuple[Any, dict[str, Any]]:
-    """Return arrays, nested, and what JSON can hold; offset: tokens seen."""
+def recall_to_state(recall: Recall) -> tuple[Any, dict[str, Any]]:
+    """Return arrays, nested, and what JSON can hold."""
     archive, waiting = recall.archive, recall.joined()
     rows: Any = (None, None, None)
     if isinstance(archive, Archive):
         rows = (_plain(archive.keys), _plain(archive.values), archive.there)
-    arrays = (
-        rows,
-        _plain_rows(waiting),
-        # The next token may fill it again.
-        _plain_rows(recall.window if offset % REFILL else None),
-        recall.queries,
-    )
+    held = None if waiting is None else tuple(map(_plain, waiting))
+    arrays = (rows, held, recall.queries)
     config = {
         "slots": recall.slots,
         "archived": archive.storage.as_json(),
@@ -72,7 +67,7 @@ def fill_recall(recall: Recall, arrays: Any, slots: Slots, entries: Any) -> Reca
     slots: of the layer, checked; entries(state, form): as `from_state` reads them.
     Raises ValueError, TypeError: no reading of a text could have made it.
     """
-    (keys, values, there), waiting, window, queries = arrays
+    (keys, values, there), waiting, queries = arrays
     empty = recall.archive
     assert isinstance(empty, Archive)
     # What went to the archive when rows last could.
@@ -92,22 +87,15 @@ def fill_recall(recall: Recall, arrays: Any, slots: Slots, entries: Any) -> Reca
             there=there,
         )
         _check_archive(archive, slots)
-        archive = archive.summarised()
     elif any(a is not None for a in (keys, values, there)):
         raise ValueError("an archive, but nothing was archived")
-    storage = slots.storage
-    rows = _rows(waiting, slots, max(0, left), (storage.keys, storage.values), entries)
-    read = count and slots.offset % REFILL
-    read_rows = _rows(window, slots, recall.slots if read else 0, None, entries)
-    if read_rows is not None and not (np.array(read_rows.positions) >= -1).all():
-        raise ValueError("recalled rows of no position")
+    rows = _rows(waiting, slots, max(0, left), entries)
     _check_queries(queries, slots)
     _check_together(archive, rows, slots)
     return replace(
         recall,
         archive=archive,
         waiting=() if rows is None else (rows,),
-        window=read_rows,
         queries=queries,
     )
 
@@ -116,29 +104,21 @@ def _plain(entries: Any) -> Any:
     return entries if entries is None or is_plain(entries) else arrays_of(entries)
 
 
-def _plain_rows(rows: Rows | None) -> Any:
-    return None if rows is None else tuple(map(_plain, rows))
-
-
-def _rows(state: Any, slots: Slots, n: int, forms: Any, entries: Any) -> Rows | None:
-    """The n rows of a state; forms: None for those of a window, which are plain."""
+def _rows(state: Any, slots: Slots, n: int, entries: Any) -> Rows | None:
+    """The n rows that wait."""
     if state is None or not n:
         if state is not None or n:
             raise ValueError(f"not {n} rows")
         return None
     keys, values, positions = state
-    form = forms or (None, None)
-    rows = Rows(entries(keys, form[0]), entries(values, form[1]), positions)
+    stored = slots.storage
+    rows = Rows(entries(keys, stored.keys), entries(values, stored.values), positions)
     batch, heads = slots.keys.shape[:2]
-    expected = {
-        "keys": (rows.keys.shape, (batch, heads, n, slots.keys.shape[3])),
-        "values": (rows.values.shape, (batch, heads, n, slots.values.shape[3])),
-    }
-    chosen = heads if forms is None else slots.eviction_heads(slots.keys)
-    _check_array("positions", positions, (batch, chosen, n), mx.int32)
-    for name, (given, wanted) in expected.items():
-        if tuple(given) != wanted:
-            raise ValueError(f"{name} of rows {list(given)}")
+    for given, own in ((rows.keys, slots.keys), (rows.values, slots.values)):
+        if tuple(given.shape) != (batch, heads, n, own.shape[3]):
+            raise ValueError(f"rows {list(given.shape)}")
+    shape = (batch, slots.eviction_heads(slots.keys), n)
+    _check_array("positions", positions, shape, mx.int32)
     _check_finite(rows.keys, rows.values)
     return rows
 
@@ -165,7 +145,7 @@ def _check_queries(queries: Any, slots: Slots) -> None:
         (shape[0], shape[3]) != (batch, width)
         or not shape[1]
         or shape[1] % heads
-        or not min(LAST, slots.offset) <= shape[2] <= slots.offset
+        or not min(LAST - 1, slots.offset) <= shape[2] <= slots.offset
         or not mx.issubdtype(queries.dtype, mx.floating)
     ):
         raise ValueError("queries that are not the last")

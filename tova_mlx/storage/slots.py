@@ -121,7 +121,7 @@ class Slots(SlotFields):
         slots = per_slot * (limit + 1) + 4 * heads
         if self.recall is not None:
             row = per_token + 4 * heads
-            recalled = self.recall.max_nbytes(row, self.keys, self.values)
+            recalled = self.recall.max_nbytes(row, self.keys)
             if recalled is None:
                 return None
             slots += recalled
@@ -253,8 +253,7 @@ class Slots(SlotFields):
             self.__dict__ = vars(new)
             return
         if self.recall is not None:
-            heads = self.keys.shape[1]
-            self.recall = self.recall.until(to, self.offset, heads)
+            self.recall = self.recall.until(to, self.offset)
         order = self._bring_back(to) if self.evicted else None
         self.offset, self.victim = to, None
         if order is not None:

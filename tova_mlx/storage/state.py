@@ -50,7 +50,7 @@ def to_state(slots: Slots, rule: Rule, **how: Any) -> tuple[Any, ...]:
         config["shift"] = slots.shift
         others += [rotary, stored]
     if slots.recall is not None:
-        arrays, config["recall"] = recall_to_state(slots.recall, slots.offset)
+        arrays, config["recall"] = recall_to_state(slots.recall)
         others.append(arrays)
     if slots.rule.pinned:
         config["pinned"] = slots.rule.pinned
