@@ -9,7 +9,6 @@ head_dim], C positions of which some hold a row; H' is 1 or n_kv_heads.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
@@ -122,15 +121,15 @@ class Archive:
         there = _put(self.there, rows.positions, False)
         return replace(self, count=self.count - rows.length, there=there)
 
-    def choose(self, queries: mx.array, n: int, last: int) -> Rows:
-        """Return the n rows that queries attend to most, in blocks of neighbours.
+    def choose(self, queries: mx.array, n: int) -> Rows:
+        """Return the n rows that each query attends to most, in blocks of neighbours.
 
-        queries: float32 [B, n_kv_heads, G, last - 1 + L, head_dim]; n: a multiple of
-        16. Returns [B, n_kv_heads, L * n, ·]: for each of the newest L queries what it
-        and those before it, `last` together, attend to most.
+        queries: float32 [B, n_kv_heads, G, L, head_dim], those of one token in the
+        heads of a KV head together; n: a multiple of 16. Returns [B, n_kv_heads,
+        L * n, ·], for one token after the other.
         """
         assert self.there is not None
-        columns = best_positions(queries, self._tiles(), n, last)
+        columns = best_positions(queries, self._tiles(), n)
         there = mx.broadcast_to(self.there, (*columns.shape[:2], self.there.shape[2]))
         positions = mx.where(gather(there, columns), columns, -1)
         return Rows(gather(self.keys, columns), gather(self.values, columns), positions)
@@ -181,19 +180,14 @@ class Archive:
         )
 
 
-def best_positions(
-    queries: mx.array, tiles: Iterable[Tile], n: int, last: int
-) -> mx.array:
-    """Return the n positions of each query's best blocks, int32 [B, n_kv_heads, L * n].
+def best_positions(queries: mx.array, tiles: Iterable[Tile], n: int) -> mx.array:
+    """Return the n positions of each token's best blocks, int32 [B, n_kv_heads, L * n].
 
     tiles: keys and which of them are there, of all positions in order; the others as
     in `Archive.choose`.
     """
     batch, heads = queries.shape[:2]
     scores = mx.concatenate([_scores(queries, *tile) for tile in tiles], axis=-1)
-    length = queries.shape[3] - last + 1
-    of_each = [scores[:, :, i : i + length] for i in range(last)]
-    scores = functools.reduce(mx.maximum, of_each)
     best = mx.argpartition(-scores, n // BLOCK - 1, axis=-1)[..., : n // BLOCK]
     # In order of position: what is added up is the same for any order.
     columns = mx.sort(best, axis=-1)[..., None] * BLOCK + mx.arange(BLOCK)
@@ -201,12 +195,12 @@ def best_positions(
 
 
 def _scores(queries: mx.array, keys: Entries, there: mx.array) -> mx.array:
-    """The greatest logit in each block, float32 [B, n_kv_heads, queries, blocks]."""
-    batch, heads, group, n, width = queries.shape
-    flat = queries.reshape(batch, heads, group * n, width)
+    """The greatest logit in each block, float32 [B, n_kv_heads, L, blocks]."""
+    batch, heads, group, length, width = queries.shape
+    flat = queries.reshape(batch, heads, group * length, width)
     logits = product(flat, keys, transpose=True)
     logits = mx.where(there[:, :, None], logits, -mx.inf)
-    return logits.reshape(batch, heads, group, n, -1, BLOCK).max(axis=(2, 5))
+    return logits.reshape(batch, heads, group, length, -1, BLOCK).max(axis=(2, 5))
 
 
 def stored_as(storage: Storage, rows: Rows) -> Rows:

@@ -96,10 +96,10 @@ class Disk:
         self._log.truncate(kept)
         self._places[self._places >= kept] = -1
 
-    def choose(self, queries: mx.array, n: int, last: int) -> Rows:
+    def choose(self, queries: mx.array, n: int) -> Rows:
         """As `Archive.choose`."""
         assert self._log is not None
-        columns = np.array(best_positions(queries, self._tiles(), n, last))
+        columns = np.array(best_positions(queries, self._tiles(), n))
         numbers = self._numbers(columns)
         keys, values = self._take(numbers, "keys", "values")
         positions = np.where(numbers >= self._log.first, columns, -1)
@@ -245,9 +245,9 @@ class DiskArchive:
         given = self.given[:-1] if self.given else ()
         return replace(self, count=count, given=given)
 
-    def choose(self, queries: mx.array, n: int, last: int) -> Rows:
+    def choose(self, queries: mx.array, n: int) -> Rows:
         """As `Archive.choose`. Raises CacheStateError: rows that cannot be had."""
-        return self.disk.choose(queries, n, last)
+        return self.disk.choose(queries, n)
 
     def in_memory(self, seen: int) -> Archive:
         """Return the same rows in memory; seen: above all positions."""

@@ -1,8 +1,8 @@
 """A layer's recall window: rows that were evicted, brought back for one token.
 
 What a layer evicts waits a little and goes to an archive, at fixed numbers of tokens
-seen. Each token reads the archived rows that its query and the last few attend to most.
-So chunks of any size see the same.
+seen. Each token reads the archived rows that its own query attends to most. So chunks
+of any size see the same.
 
 Nothing here is changed in place: a cache can go back to the recall that it had.
 """
@@ -19,8 +19,6 @@ from .archive import Archive, Rows, as_plain
 from .disk_archive import DiskArchive
 from .entries import Entries, arrays_of, join
 
-# Queries by which a token's rows are chosen, its own included.
-LAST = 6
 # Tokens after which evicted rows go to the archive.
 PERIOD = 128
 # Evicted rows that wait one by one before they are joined.
@@ -49,9 +47,8 @@ class Recall:
     """What of a layer's evicted tokens is known.
 
     slots: rows of a window; first: how many tokens are held before one is evicted;
-    waiting: rows evicted that are not archived yet, in order of step; queries: the last
-    ones [B, n_heads, n, head_dim], scaled; read: int32 [B, n_kv_heads, slots], the
-    positions that the newest token could read (-1: none).
+    waiting: rows evicted that are not archived yet, in order of step; read: int32 [B,
+    n_kv_heads, slots], the positions that the newest token could read (-1: none).
     """
 
     slots: int
@@ -59,7 +56,6 @@ class Recall:
     archive: Archive | DiskArchive
     journal: int = 0
     waiting: tuple[Rows, ...] = ()
-    queries: mx.array | None = None
     read: mx.array | None = None
     flushes: tuple[Flush, ...] = ()
 
@@ -77,26 +73,21 @@ class Recall:
     @property
     def tied_to(self) -> list[mx.array]:
         """What nobody may read for long, to be evaluated with every step."""
-        return [a for a in (self.queries, self.read) if a is not None]
+        return [] if self.read is None else [self.read]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays but those of the archive."""
         return sum(a.nbytes for a in self.arrays)
 
-    def max_nbytes(self, per_token: int, keys: Entries) -> int | None:
-        """Bytes that the arrays but the archive's can reach; None before any query.
+    def max_nbytes(self, per_token: int, keys: Entries) -> int:
+        """Bytes that the arrays but the archive's can reach.
 
         per_token: bytes of a token's keys, values and positions in the slots.
         """
-        if self.queries is None:
-            return None
-        size = self.queries.dtype.size
-        batch, n_heads, _, width = self.queries.shape
-        queries = batch * n_heads * (LAST - 1 + self.journal) * width * size
-        read = 4 * batch * keys.shape[1] * self.slots
+        read = 4 * keys.shape[0] * keys.shape[1] * self.slots
         flushes = 1 + self.journal // PERIOD if self.journal else 0
-        return queries + read + per_token * (PERIOD + 1) * (1 + flushes)
+        return read + per_token * (PERIOD + 1) * (1 + flushes)
 
     def joined(self) -> Rows | None:
         """Return the rows that wait, or None if there are none."""
@@ -134,24 +125,19 @@ class Recall:
 
         queries: [B, n_heads, L, head_dim], scaled; heads: n_kv_heads.
         """
-        known = queries
-        if self.queries is not None:
-            known = mx.concatenate([self.queries, queries], axis=2)
-        keep = min(known.shape[2], LAST - 1 + self.journal)
-        then = replace(self, queries=known[:, :, known.shape[2] - keep :])
         if not self.archive.count:
-            return None, then
+            return None, self
         archive = self.archive.synced()
         batch, n_heads, length, width = queries.shape
-        asked = known[:, :, known.shape[2] - length - LAST + 1 :].astype(mx.float32)
-        asked = asked.reshape(batch, heads, n_heads // heads, -1, width)
-        rows = archive.choose(asked, self.slots, LAST)
+        asked = queries.astype(mx.float32)
+        asked = asked.reshape(batch, heads, n_heads // heads, length, width)
+        rows = archive.choose(asked, self.slots)
         read = rows.positions[..., rows.length - self.slots :]
-        then = replace(then, archive=archive, read=read)
+        then = replace(self, archive=archive, read=read)
         return Windows(as_plain(rows, queries.dtype), self.slots), then
 
-    def until(self, to: int, seen: int) -> Recall:
-        """Return the recall before the tokens from `to` on, of `seen`, came."""
+    def until(self, to: int) -> Recall:
+        """Return the recall before the tokens from `to` on came."""
         if to <= 0:
             return self.empty()
         archive, waiting = self.archive, self.waiting
@@ -160,15 +146,11 @@ class Recall:
             archive, waiting = archive.without(flush.rows), (flush.rows, *waiting)
         n = max(0, to - self.first - archive.count)
         waiting = (_joined(waiting).cut(0, n),) if n else ()
-        queries = self.queries
-        if queries is not None:
-            queries = queries[:, :, : queries.shape[2] - (seen - to)]
         kept = tuple(f for f in self.flushes if f.offset <= to)
         return replace(
             self,
             archive=archive,
             waiting=waiting,
-            queries=queries,
             read=None,
             flushes=kept,
         )

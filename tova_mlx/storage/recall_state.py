@@ -15,12 +15,10 @@ import numpy as np
 from .archive import BLOCK, Archive, Rows
 from .entries import arrays_of, first_slots, is_plain
 from .formats import Storage
-from .recall import LAST, PERIOD, Recall
+from .recall import PERIOD, Recall
 
 if TYPE_CHECKING:
     from .slots import Slots
-
-_SCHEDULE = [LAST, PERIOD]
 
 
 def recall_to_state(recall: Recall) -> tuple[Any, dict[str, Any]]:
@@ -30,11 +28,11 @@ def recall_to_state(recall: Recall) -> tuple[Any, dict[str, Any]]:
     if isinstance(archive, Archive):
         rows = (_plain(archive.keys), _plain(archive.values), archive.there)
     held = None if waiting is None else tuple(map(_plain, waiting))
-    arrays = (rows, held, recall.queries)
+    arrays = (rows, held)
     config = {
         "slots": recall.slots,
         "archived": archive.storage.as_json(),
-        "schedule": _SCHEDULE,
+        "period": PERIOD,
         "lost": archive.lost if isinstance(archive, Archive) else None,
     }
     return arrays, config
@@ -48,8 +46,8 @@ def empty_recall(config: Any, limit: Any, journal: int) -> Recall:
     slots = config["slots"]
     if type(slots) is not int or slots <= 0 or slots % BLOCK or limit is None:
         raise ValueError(f"{slots!r} slots for recall")
-    if config["schedule"] != _SCHEDULE:
-        raise ValueError(f"recall every {config['schedule']!r} tokens")
+    if config["period"] != PERIOD:
+        raise ValueError(f"rows archived every {config['period']!r} tokens")
     lost = config["lost"]
     if lost is None:
         raise ValueError(
@@ -67,7 +65,7 @@ def fill_recall(recall: Recall, arrays: Any, slots: Slots, entries: Any) -> Reca
     slots: of the layer, checked; entries(state, form): as `from_state` reads them.
     Raises ValueError, TypeError: no reading of a text could have made it.
     """
-    (keys, values, there), waiting, queries = arrays
+    (keys, values, there), waiting = arrays
     empty = recall.archive
     assert isinstance(empty, Archive)
     # What went to the archive when rows last could.
@@ -90,13 +88,11 @@ def fill_recall(recall: Recall, arrays: Any, slots: Slots, entries: Any) -> Reca
     elif any(a is not None for a in (keys, values, there)):
         raise ValueError("an archive, but nothing was archived")
     rows = _rows(waiting, slots, max(0, left), entries)
-    _check_queries(queries, slots)
     _check_together(archive, rows, slots)
     return replace(
         recall,
         archive=archive,
         waiting=() if rows is None else (rows,),
-        queries=queries,
     )
 
 
@@ -134,22 +130,6 @@ def _check_archive(archive: Archive, slots: Slots) -> None:
     shape = (batch, slots.eviction_heads(slots.keys), room)
     _check_array("there", archive.there, shape, mx.bool_)
     _check_finite(archive.keys, archive.values)
-
-
-def _check_queries(queries: Any, slots: Slots) -> None:
-    batch, heads, _, width = slots.keys.shape
-    if not isinstance(queries, mx.array) or queries.ndim != 4:
-        raise ValueError("queries that are not an array")
-    shape = queries.shape
-    if (
-        (shape[0], shape[3]) != (batch, width)
-        or not shape[1]
-        or shape[1] % heads
-        or not min(LAST - 1, slots.offset) <= shape[2] <= slots.offset
-        or not mx.issubdtype(queries.dtype, mx.floating)
-    ):
-        raise ValueError("queries that are not the last")
-    _check_finite(queries)
 
 
 def _check_together(archive: Archive, waiting: Rows | None, slots: Slots) -> None:

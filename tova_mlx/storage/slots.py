@@ -121,10 +121,7 @@ class Slots(SlotFields):
         slots = per_slot * (limit + 1) + 4 * heads
         if self.recall is not None:
             row = per_token + 4 * heads
-            recalled = self.recall.max_nbytes(row, self.keys)
-            if recalled is None:
-                return None
-            slots += recalled
+            slots += self.recall.max_nbytes(row, self.keys)
         return slots + per_step * self.journal.length + renumbered
 
     def append(self, keys: mx.array, values: mx.array) -> tuple[Entries, Entries]:
@@ -253,7 +250,7 @@ class Slots(SlotFields):
             self.__dict__ = vars(new)
             return
         if self.recall is not None:
-            self.recall = self.recall.until(to, self.offset)
+            self.recall = self.recall.until(to)
         order = self._bring_back(to) if self.evicted else None
         self.offset, self.victim = to, None
         if order is not None:
