@@ -21,7 +21,7 @@ from ..errors import CacheStateError, PromptError, TovaError
 from ..hooks.layers import leaves, seen
 from ..hooks.template import beginning_of
 from ..hooks.trimming import trim_prompt_cache
-from .conversion import pin_tokens
+from .conversion import archive_as_converted, pin_tokens
 from .saved import load_prompt_cache, save_prompt_cache
 
 NOT_READ = (
@@ -179,7 +179,10 @@ class Conversation:
         return save_prompt_cache(path, self.caches, model=self.model, metadata=metadata)
 
     def load(self, path: str | Path) -> None:
-        """Go on where `save` was called. Raises CacheStateError and changes nothing."""
+        """Go on where `save` was called.
+
+        Raises CacheStateError, OptionError and changes nothing.
+        """
         caches, metadata = load_prompt_cache(path, model=self.model)
         try:
             system_prompt, turns, *unread = json.loads(metadata["tova_mlx_chat"])
@@ -198,6 +201,7 @@ class Conversation:
                 f"{path}: a saved prompt, but not one of a chat. Use a file that /save "
                 "made."
             ) from error
+        archive_as_converted(self.model, caches)
         self.caches, self.system_prompt, self._turns = caches, system_prompt, turns
         self._unread, self._tokens = unread == [True], tokens
 

@@ -239,6 +239,16 @@ def pin_in_new_caches(model: nn.Module, n: int) -> None:
         maker.pinned = n
 
 
+def archive_as_converted(model: nn.Module, caches: list[Any]) -> None:
+    """Let loaded caches archive where those do that a converted model makes.
+
+    Raises OptionError: the directory cannot be used.
+    """
+    maker = vars(model).get("make_cache")
+    if isinstance(maker, _Maker) and maker.made.archive is not None:
+        archive_on_disk(caches, maker.made.archive)
+
+
 class _Maker:
     """The `make_cache` of a converted model.
 
