@@ -54,7 +54,7 @@ def test_lines_differ_in_more_than_the_label():
 
 
 def test_the_figure_of_what_is_kept_takes_a_dozen_policies(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
+    pyplot = pytest.importorskip("matplotlib.pyplot")
     figures = []
     monkeypatch.setattr(kept, "save", lambda figure, _: figures.append(figure))
     common = {"model": "m", "text": "t", "tokens": 99, "counts": {"number": 20}}
@@ -71,3 +71,4 @@ def test_the_figure_of_what_is_kept_takes_a_dozen_policies(tmp_path, monkeypatch
     box = figure.legends[0].get_window_extent()
     assert box.x0 >= 0
     assert box.x1 <= figure.bbox.width
+    pyplot.close(figure)

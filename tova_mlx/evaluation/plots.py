@@ -58,13 +58,14 @@ def styles(rows: Iterable[dict[str, Any]]) -> dict[str, Style]:
     """Colour, mark and line of each of the rows' lines, for `plot` or `errorbar`.
 
     A policy has one colour and mark, and the package's own have theirs in every figure.
-    What is quantised has open marks and other lines.
+    What is quantised, or recalls, has open marks and other lines.
     """
     settings = dict.fromkeys(Setting.of(row)._replace(max_kv_size=None) for row in rows)
     policies = dict.fromkeys([*_KNOWN, *(s.policy for s in settings)])
     policies.pop("full", None)
     places = {policy: i for i, policy in enumerate(policies)}
-    kinds = dict.fromkeys([(None, None), *(s[2:] for s in settings)])
+    # As they come, without recall, first.
+    kinds = dict.fromkeys([Setting("", None)[2:], *(s[2:] for s in settings)])
     storages = {kind: i for i, kind in enumerate(kinds)}
     found: dict[str, Style] = {}
     for setting in settings:
