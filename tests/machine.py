@@ -38,6 +38,7 @@ from tova_mlx import POLICIES, PolicyKVCache, describe
 from tova_mlx import load_prompt_cache as our_load
 from tova_mlx import save_prompt_cache as our_save
 from tova_mlx.caches.lockstep import keep_together
+from tova_mlx.caches.options import CacheOptions
 from tova_mlx.errors import CacheStateError, TovaError
 from tova_mlx.storage.formats import storage_for
 from tova_mlx.storage.rotation import Renumbering, Rotation
@@ -69,6 +70,9 @@ class Setup:
     period: int = 0
     # First tokens that are pinned.
     pin: int = 0
+    # Slots for recall beside max_size, and tokens after which evicted ones come back.
+    recall: int = 0
+    archived: int = 4
 
     @property
     def rotation(self):
@@ -103,16 +107,23 @@ class Setup:
         renumbering = None
         if self.period:
             renumbering = Renumbering(0, self.period, self.rotation)
-        cache = PolicyKVCache(
-            self.max_size,
+        made = CacheOptions.resolve(
+            self.max_size + self.recall,
             self.policy,
             prefill=self.prefill,
             journal=self.journal,
             kv_bits=self.kv_bits,
             kv_group_size=32,
             renumbering=renumbering,
+            recall=self.recall,
             **dict(self.options),
         )
+        # As they come, so that what comes back is what was stored.
+        made = replace(made, archived=(self.recall and made.storage) or None)
+        cache = PolicyKVCache.of(made)
+        if self.recall:
+            recall = cache.slots.recall
+            cache.slots.recall = replace(recall, period=self.archived)
         if self.shares:
             cache.share()
         if self.pin:
@@ -198,7 +209,8 @@ class Checks:
         sinks = learned(self.setup.heads) if self.setup.sinks else None
         rule, once = cache.rule.as_dict(), self.setup.prefill == "once"
         turns = (self.setup.period, self.setup.rotate) if self.setup.period else None
-        return Layer(rule, *self.setup.heads, SCALE, sinks, once, turns)
+        back = (self.setup.recall, self.setup.archived) if self.setup.recall else None
+        return Layer(rule, *self.setup.heads, SCALE, sinks, once, turns, back)
 
     def uids(self, n):
         self.next_uid += n
@@ -242,7 +254,7 @@ class Checks:
                     continue
                 near = [
                     {**forced, (first + i, c, n): victim}
-                    for i in reversed(range(wrong))
+                    for i in reversed(range(min(wrong + 1, len(steps))))
                     for (chooser, n), victims in steps[i].near.items()
                     for victim in victims
                     if chooser == c and (first + i, c, n) not in forced
@@ -297,8 +309,10 @@ class Checks:
 
     def check_bytes(self, cache):
         report = describe([cache]).rows[0]
-        assert report.bytes_now == (0 if cache.empty() else cache.nbytes)
-        assert report.bytes_at_most is None or cache.nbytes <= report.bytes_at_most
+        now = 0 if cache.empty() else cache.slots.nbytes
+        assert report.bytes_now == now
+        assert cache.nbytes == cache.slots.nbytes + cache.archive_nbytes
+        assert report.bytes_at_most is None or now <= report.bytes_at_most
 
 
 def plain(rows):
@@ -314,7 +328,7 @@ def nothing_waits(slots):
     What waits keeps a graph alive, and all the rows that it was made of.
     """
     known = [slots.positions, slots.scores, slots.value_norms, slots.victim]
-    known += [slots.rotary, slots.stored_rotary]
+    known += [slots.rotary, slots.stored_rotary, *slots.tied_to]
     before = settled_memory()
     mx.eval([a for a in known if a is not None])
     assert settled_memory() == before, "an update was left waiting"
@@ -596,8 +610,9 @@ class World(Checks):
     def quantise(self, bits):
         if self.setup.kv_bits is not None or any(d % 32 for d in self.setup.dims):
             return
-        if self.setup.period:
-            # Rounding of rotations flips codes; tests/test_rotary.py has it.
+        if self.setup.period or self.setup.recall:
+            # Rounding of rotations flips codes; tests/test_rotary.py has it. With
+            # recall it is refused.
             return
         self.caches = [c.to_quantized(group_size=32, bits=bits) for c in self.caches]
         keep_together(self.caches)
@@ -809,6 +824,9 @@ def setups(draw, batches=(1, 1, 2), heads=None):
     period = 0
     if packed is None and prefill == "stepwise":
         period = draw(st.sampled_from([0, 0, 1, 3, 8, 20]))
+    bounded = POLICIES[policy].bounded
+    recalls = bounded and not period and prefill == "stepwise"
+    recall = draw(st.sampled_from([0, 0, 16, 32])) if recalls else 0
     return Setup(
         policy=policy,
         max_size=max_size,
@@ -819,7 +837,9 @@ def setups(draw, batches=(1, 1, 2), heads=None):
         journal=draw(st.sampled_from([16, 16, 3, 0])),
         prefill=prefill,
         sinks=draw(st.booleans()),
-        shares=not period and draw(st.integers(0, 3)) == 0,
+        recall=recall,
+        archived=draw(st.sampled_from([1, 3, 4, 16])),
+        shares=not (period or recall) and draw(st.integers(0, 3)) == 0,
         period=period,
         pin=draw(st.sampled_from([0, 0, 0, 2, 9])) if batches != (1,) else 0,
         batch=draw(st.sampled_from(batches)),

@@ -44,8 +44,18 @@ class Layer:
     """The state of a policy after some tokens; `rule` as `Rule.as_dict()` gives it."""
 
     def __init__(
-        self, rule, n_heads, n_kv_heads, scale, sinks=None, once=False, rotation=None
+        self,
+        rule,
+        n_heads,
+        n_kv_heads,
+        scale,
+        sinks=None,
+        once=False,
+        rotation=None,
+        recall=None,
     ):
+        # (slots, tokens after which evicted ones can come back), or None.
+        self.recall = recall
         # With rotation (period, function of a vector and an angle's position): keys and
         # queries are told unrotated.
         self.period, self.rotate = rotation or (0, None)
@@ -58,7 +68,9 @@ class Layer:
         self.choosers = np.split(heads, n_kv_heads) if per_head else [heads]
         self.tokens: list[Token] = []
         self.held: list[list[Held]] = [[] for _ in self.choosers]
-        self.past: list[tuple[int, list[list[Held]]]] = []
+        # By chooser: after which token each position was evicted.
+        self.evicted: list[dict[int, int]] = [{} for _ in self.choosers]
+        self.past: list[tuple] = []
 
     @property
     def limit(self):
@@ -71,7 +83,7 @@ class Layer:
         """As if the newest n tokens had not come."""
         if n > 0:
             to = max(0, len(self.tokens) - n)
-            self.next, self.held = self.past[to]
+            self.next, self.held, self.evicted = self.past[to]
             del self.tokens[to:], self.past[to:]
 
     def read(self, queries, tokens, bias, forced=None):
@@ -115,7 +127,7 @@ class Layer:
     def _step(self, query, token, bias, forced, evict):
         position = len(self.tokens)
         held = [[Held(h.position, h.score, h.rotary) for h in c] for c in self.held]
-        self.past.append((self.next, held))
+        self.past.append((self.next, held, [dict(e) for e in self.evicted]))
         self.tokens.append(token)
         rotary, self.next = self.next, self.next + 1
         if self.rotate:
@@ -131,6 +143,8 @@ class Layer:
             )
             for h in heads:
                 out[h] = outputs[h]
+            if self.recall:
+                self._recall(c, query, places, bias, token.uid, out, step, forced)
             received = np.zeros(len(held))
             for h in heads:
                 share = weights[h]
@@ -175,6 +189,47 @@ class Layer:
             step.near[c, len(held)] = [p for p in near if p != first]
         victim = forced.get((newest, c, len(held)), first)
         held[:] = [h for h in held if h.position != victim]
+        self.evicted[c][victim] = newest
+
+    def _recall(self, c, query, places, bias, uid, out, step, forced):
+        """Attend to what was evicted too; nothing of it is scored."""
+        slots, period = self.recall
+        now = len(self.tokens) - 1
+        last_cut = now // period * period
+        blocks = {}
+        for p, evicted in self.evicted[c].items():
+            if evicted < last_cut - 1:
+                blocks.setdefault(p // 16, []).append(p)
+        for kv in sorted({h // self.group for h in self.choosers[c]}):
+            group = range(kv * self.group, (kv + 1) * self.group)
+            scores = {
+                b: max(self.tokens[p].key[kv] @ query[h] for p in ps for h in group)
+                for b, ps in blocks.items()
+            }
+            ranked = sorted(scores, key=lambda b: -scores[b])
+            best, rest = ranked[: slots // 16], ranked[slots // 16 :]
+            near = []
+            for one in best:
+                for other in rest:
+                    slack = NEAR * abs(scores[one]) + 1e-6
+                    if scores[one] - scores[other] < slack:
+                        near.append(tuple({*best, other} - {one}))
+            step.near[c, -1 - kv] = near
+            best = forced.get((now, c, -1 - kv), best)
+            back = [p for b in best for p in blocks[b]]
+            for h in group:
+                out[h] = self._over(h, kv, query[h], places, back, bias, uid)
+
+    def _over(self, h, kv, query, places, back, bias, uid):
+        """The output of a head over those held and those that came back."""
+        both = [*places, *back]
+        logits = np.array([self.tokens[p].key[kv] @ query * self.scale for p in both])
+        logits[: len(places)] += [bias(uid, self.tokens[p].uid) for p in places]
+        sink = [] if self.sinks is None else [self.sinks[h]]
+        top = max([*logits, *sink])
+        e = np.exp(logits - top)
+        values = np.array([self.tokens[p].value[kv] for p in both])
+        return e @ values / (e.sum() + sum(np.exp(s - top) for s in sink))
 
     def _unlikeness(self, c, held, free):
         """Minus the mean cosine to the mean unit key, over the chooser's KV heads."""

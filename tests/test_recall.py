@@ -500,6 +500,12 @@ def test_models_that_it_would_be_wrong_with_are_refused(name, reason):
         make_prompt_cache(model, 64, policy="streaming", recall=32, kv_group_size=32)
 
 
+def test_bits_that_come_on_the_way_are_refused(model):
+    cache = make_prompt_cache(model, 64, recall=32)[0]
+    with pytest.raises(OptionError, match="Give kv_bits"):
+        cache.to_quantized(bits=8)
+
+
 def test_positions_that_are_renumbered_are_refused_and_auto_are_not(model):
     with pytest.raises(OptionError, match="positions='original'"):
         make_prompt_cache(model, 64, recall=32, positions="compact")

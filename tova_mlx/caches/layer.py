@@ -448,6 +448,12 @@ class PolicyKVCache(PolicyCache):
         slots = self._attended()
         if not slots.storage.is_plain:
             return self
+        if slots.recall is not None:
+            raise OptionError(
+                f"{self.rule.policy}: evicted tokens are stored for recall already, so "
+                "a cache cannot be quantised on the way. Give kv_bits to "
+                "make_prompt_cache or convert."
+            )
         stored = storage_for(bits, group_size)
         if slots.keys is not None:
             stored = stored.fitted(*map(dequantized, slots.held_entries()))

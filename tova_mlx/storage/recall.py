@@ -20,7 +20,7 @@ from .disk_archive import DiskArchive
 from .entries import Entries, arrays_of, join
 
 # Tokens after which evicted rows go to the archive.
-PERIOD = 128
+_PERIOD = 128
 # Evicted rows that wait one by one before they are joined.
 _JOINED = 32
 
@@ -47,21 +47,24 @@ class Recall:
     """What of a layer's evicted tokens is known.
 
     slots: rows of a window; first: how many tokens are held before one is evicted;
-    waiting: rows evicted that are not archived yet, in order of step; read: int32 [B,
-    n_kv_heads, slots], the positions that the newest token could read (-1: none).
+    period: tokens after which evicted rows go to the archive; waiting: rows evicted
+    that are not archived yet, in order of step; read: int32 [B, n_kv_heads, slots], the
+    positions that the newest token could read (-1: none).
     """
 
     slots: int
     first: int
     archive: Archive | DiskArchive
     journal: int = 0
+    period: int = _PERIOD
     waiting: tuple[Rows, ...] = ()
     read: mx.array | None = None
     flushes: tuple[Flush, ...] = ()
 
     def empty(self) -> Recall:
         """Return one that knows of nothing."""
-        return Recall(self.slots, self.first, self.archive.empty(), self.journal)
+        new = self.archive.empty()
+        return Recall(self.slots, self.first, new, self.journal, self.period)
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -86,8 +89,8 @@ class Recall:
         per_token: bytes of a token's keys, values and positions in the slots.
         """
         read = 4 * keys.shape[0] * keys.shape[1] * self.slots
-        flushes = 1 + self.journal // PERIOD if self.journal else 0
-        return read + per_token * (PERIOD + 1) * (1 + flushes)
+        flushes = 1 + self.journal // self.period if self.journal else 0
+        return read + per_token * (self.period + 1) * (1 + flushes)
 
     def joined(self) -> Rows | None:
         """Return the rows that wait, or None if there are none."""
@@ -95,7 +98,7 @@ class Recall:
 
     def next_cut(self, offset: int) -> int:
         """Return how many tokens are seen when rows go to the archive next."""
-        return (offset // PERIOD + 1) * PERIOD
+        return (offset // self.period + 1) * self.period
 
     def with_evicted(self, rows: Rows) -> Recall:
         """Return the recall when rows were evicted, in order of step."""
@@ -108,7 +111,7 @@ class Recall:
         """Return the recall when `offset` tokens were seen and have attended."""
         # A decode step's victim is still in its slot.
         n = offset - 1 - self.first - self.archive.count
-        if offset % PERIOD or n <= 0:
+        if offset % self.period or n <= 0:
             return self
         waiting = _joined(self.waiting)
         rows, rest = waiting.cut(0, n), waiting.cut(n, waiting.length)

@@ -15,7 +15,7 @@ import numpy as np
 from .archive import BLOCK, Archive, Rows
 from .entries import arrays_of, first_slots, is_plain
 from .formats import Storage
-from .recall import PERIOD, Recall
+from .recall import Recall
 
 if TYPE_CHECKING:
     from .slots import Slots
@@ -32,7 +32,7 @@ def recall_to_state(recall: Recall) -> tuple[Any, dict[str, Any]]:
     config = {
         "slots": recall.slots,
         "archived": archive.storage.as_json(),
-        "period": PERIOD,
+        "period": recall.period,
         "lost": archive.lost if isinstance(archive, Archive) else None,
     }
     return arrays, config
@@ -46,8 +46,9 @@ def empty_recall(config: Any, limit: Any, journal: int) -> Recall:
     slots = config["slots"]
     if type(slots) is not int or slots <= 0 or slots % BLOCK or limit is None:
         raise ValueError(f"{slots!r} slots for recall")
-    if config["period"] != PERIOD:
-        raise ValueError(f"rows archived every {config['period']!r} tokens")
+    period = config["period"]
+    if type(period) is not int or not 0 < period < 2**31:
+        raise ValueError(f"rows archived every {period!r} tokens")
     lost = config["lost"]
     if lost is None:
         raise ValueError(
@@ -56,7 +57,7 @@ def empty_recall(config: Any, limit: Any, journal: int) -> Recall:
     if type(lost) is not int or lost < 0:
         raise ValueError(f"{lost!r} rows lost")
     archive = Archive(Storage.from_json(config["archived"]), lost=lost)
-    return Recall(slots, limit, archive, journal)
+    return Recall(slots, limit, archive, journal, period)
 
 
 def fill_recall(recall: Recall, arrays: Any, slots: Slots, entries: Any) -> Recall:
@@ -69,7 +70,7 @@ def fill_recall(recall: Recall, arrays: Any, slots: Slots, entries: Any) -> Reca
     empty = recall.archive
     assert isinstance(empty, Archive)
     # What went to the archive when rows last could.
-    flushed = slots.offset // PERIOD * PERIOD
+    flushed = slots.offset // recall.period * recall.period
     count = max(0, flushed - 1 - recall.first)
     left = slots.offset - recall.first - count - (slots.victim is not None)
     if empty.lost > count:
@@ -84,7 +85,7 @@ def fill_recall(recall: Recall, arrays: Any, slots: Slots, entries: Any) -> Reca
             values=entries(values, stored.values),
             there=there,
         )
-        _check_archive(archive, slots)
+        _check_archive(archive, slots, flushed)
     elif any(a is not None for a in (keys, values, there)):
         raise ValueError("an archive, but nothing was archived")
     rows = _rows(waiting, slots, max(0, left), entries)
@@ -119,10 +120,10 @@ def _rows(state: Any, slots: Slots, n: int, entries: Any) -> Rows | None:
     return rows
 
 
-def _check_archive(archive: Archive, slots: Slots) -> None:
+def _check_archive(archive: Archive, slots: Slots, seen: int) -> None:
     batch, heads = slots.keys.shape[:2]
     room = archive.keys.shape[2]
-    if room % BLOCK or room < slots.offset // PERIOD * PERIOD:
+    if room % BLOCK or room < seen:
         raise ValueError(f"an archive of {room} positions")
     for stored, own in ((archive.keys, slots.keys), (archive.values, slots.values)):
         if tuple(stored.shape) != (batch, heads, room, own.shape[3]):
