@@ -24,7 +24,7 @@ NAME = "Marigold"
 TOLD = f"My cat is called {NAME}. Say hello to my cat."
 ASKED = "What is the name of my cat?"
 # Words of a passage, and tokens of an answer.
-PASSAGE, ANSWERED, LIMIT, SLOTS = 350, 16, 512, 64
+PASSAGE, ANSWERED, LIMIT, SLOTS = 700, 8, 512, 128
 SETTINGS = {
     "recall": ["--recall", str(SLOTS)],
     "no recall": [],
@@ -32,10 +32,10 @@ SETTINGS = {
 
 
 def passages(text: str) -> list[str]:
-    """Passages of a text, each asked about."""
+    """Passages of a text."""
     words = text.split()
     parts = [words[i : i + PASSAGE] for i in range(0, len(words) - PASSAGE, PASSAGE)]
-    return [f"{' '.join(part)} -- Who is in this passage?" for part in parts]
+    return [" ".join(part) for part in parts]
 
 
 def chat(lines: list[str], options: list[str]) -> list[dict[str, str]]:

@@ -217,19 +217,28 @@ class Layer:
             step.near[c, -1 - kv] = near
             best = forced.get((now, c, -1 - kv), best)
             back = [p for b in best for p in blocks[b]]
+            rest = [p for b in blocks if b not in best for p in blocks[b]]
             for h in group:
-                out[h] = self._over(h, kv, query[h], places, back, bias, uid)
+                parts = [places, back, rest]
+                out[h] = self._over(h, kv, query[h], parts, bias, uid)
 
-    def _over(self, h, kv, query, places, back, bias, uid):
-        """The output of a head over those held and those that came back."""
-        both = [*places, *back]
-        logits = np.array([self.tokens[p].key[kv] @ query * self.scale for p in both])
+    def _over(self, h, kv, query, parts, bias, uid):
+        """The output of a head: what came back weighs as in the full cache."""
+        places, back, rest = parts
+        every = [*places, *back, *rest]
+        logits = np.array([self.tokens[p].key[kv] @ query * self.scale for p in every])
         logits[: len(places)] += [bias(uid, self.tokens[p].uid) for p in places]
         sink = [] if self.sinks is None else [self.sinks[h]]
         top = max([*logits, *sink])
         e = np.exp(logits - top)
-        values = np.array([self.tokens[p].value[kv] for p in both])
-        return e @ values / (e.sum() + sum(np.exp(s - top) for s in sink))
+        extra = sum(np.exp(s - top) for s in sink)
+        n, m = len(places), len(back)
+        share = e[n : n + m].sum() / (e.sum() + extra)
+        values = [np.array([self.tokens[p].value[kv] for p in ps]) for ps in parts[:2]]
+        own = e[:n] @ values[0] / (e[:n].sum() + extra)
+        if not m:
+            return own
+        return own * (1 - share) + e[n : n + m] @ values[1] / (e.sum() + extra)
 
     def _unlikeness(self, c, held, free):
         """Minus the mean cosine to the mean unit key, over the chooser's KV heads."""

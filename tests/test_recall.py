@@ -91,11 +91,19 @@ def expected(queries, keys, values, rule):
             seen = step.seen[c]
             for p in set(seen) - set(layer.positions()[c]):
                 evicted[kv][p] = t
-            places = sorted({*seen, *now[kv]})
-            assert len(places) == len(seen) + len(now[kv])
+            archived = [p for p, step in evicted[kv].items() if step < last_cut - 1]
+            assert not set(seen) & set(archived)
             for h in range(kv * group, kv * group + group):
-                logits = keys[kv, places] @ queries[h, t] * SCALE
-                outputs[h, t] = reference.softmax(logits) @ values[kv, places]
+                logits = keys[kv] @ queries[h, t] * SCALE
+                back, everything = (
+                    np.exp(logits[list(some)]).sum()
+                    for some in (now[kv], [*seen, *archived])
+                )
+                # Of the whole, what came back has its share, and the slots the rest.
+                outputs[h, t] = reference.softmax(logits[seen]) @ values[kv, seen]
+                outputs[h, t] *= 1 - back / everything
+                for p in now[kv]:
+                    outputs[h, t] += np.exp(logits[p]) / everything * values[kv, p]
     return outputs, windows
 
 

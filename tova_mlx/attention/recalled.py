@@ -1,7 +1,9 @@
 """What a chunk's queries read of the rows that were brought back.
 
-Both parts of an attention, over the slots and over the recall window, are softmaxes of
-their own; weighed by the sums of their exponentials they are the softmax over both.
+Both parts of an attention, over the slots and over what came back, are softmaxes of
+their own. What came back gets the share that it has in a softmax over the slots and all
+archived rows, as in the full cache; the slots get the rest. A softmax over both parts
+alone would give it more: the few best of thousands would stand for all of them.
 """
 
 from __future__ import annotations
@@ -14,10 +16,15 @@ from ..storage.recall import Windows
 
 
 class Recalled(NamedTuple):
-    """Output [B, n_heads, L, D] over the windows; its logsumexp [B, n_heads, L, 1]."""
+    """Output [B, n_heads, L, D] over what came back.
+
+    lse, total: logsumexp of its logits, and of those of all archived rows, [B, n_heads,
+    L, 1].
+    """
 
     output: mx.array
     lse: mx.array
+    total: mx.array
 
     def cut(self, start: int, stop: int) -> Recalled:
         """Return that of queries start to stop."""
@@ -25,7 +32,7 @@ class Recalled(NamedTuple):
 
     def merged(self, output: mx.array, lse: mx.array) -> mx.array:
         """Return the attention over both, given that over the slots alone."""
-        share = mx.sigmoid(self.lse - lse)
+        share = mx.exp(self.lse - mx.logaddexp(self.total, lse))
         return (output * (1 - share) + self.output * share).astype(output.dtype)
 
 
@@ -52,4 +59,4 @@ def attend_to_windows(queries: mx.array, windows: Windows) -> Recalled:
         a.swapaxes(2, 3).reshape(batch, n_heads, length, -1)
         for a in (weights @ values, lse)
     )
-    return Recalled(output, lse)
+    return Recalled(output, lse, windows.total)

@@ -9,6 +9,7 @@ head_dim], C positions of which some hold a row; H' is 1 or n_kv_heads.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
@@ -68,6 +69,17 @@ class Rows(NamedTuple):
         return Rows(*(each(lambda a: a[:, :, start:stop], part) for part in self))
 
 
+class Chosen(NamedTuple):
+    """Rows for some tokens [B, n_kv_heads, L * n, ·], for one after the other.
+
+    total: the logsumexp of the logits of all rows, chosen or not, float32 [B,
+    n_kv_heads, G, L].
+    """
+
+    rows: Rows
+    total: mx.array
+
+
 @dataclass(frozen=True)
 class Archive:
     """Rows evicted, of one layer. Never changed in place.
@@ -121,18 +133,18 @@ class Archive:
         there = _put(self.there, rows.positions, False)
         return replace(self, count=self.count - rows.length, there=there)
 
-    def choose(self, queries: mx.array, n: int) -> Rows:
+    def choose(self, queries: mx.array, n: int) -> Chosen:
         """Return the n rows that each query attends to most, in blocks of neighbours.
 
         queries: float32 [B, n_kv_heads, G, L, head_dim], those of one token in the
-        heads of a KV head together; n: a multiple of 16. Returns [B, n_kv_heads,
-        L * n, ·], for one token after the other.
+        heads of a KV head together; n: a multiple of 16.
         """
         assert self.there is not None
-        columns = best_positions(queries, self._tiles(), n)
+        columns, total = best_positions(queries, self._tiles(), n)
         there = mx.broadcast_to(self.there, (*columns.shape[:2], self.there.shape[2]))
         positions = mx.where(gather(there, columns), columns, -1)
-        return Rows(gather(self.keys, columns), gather(self.values, columns), positions)
+        keys, values = (gather(e, columns) for e in (self.keys, self.values))
+        return Chosen(Rows(keys, values, positions), total)
 
     def rows(self) -> Rows:
         """Return all rows, in order of position."""
@@ -180,27 +192,37 @@ class Archive:
         )
 
 
-def best_positions(queries: mx.array, tiles: Iterable[Tile], n: int) -> mx.array:
+def best_positions(
+    queries: mx.array, tiles: Iterable[Tile], n: int
+) -> tuple[mx.array, mx.array]:
     """Return the n positions of each token's best blocks, int32 [B, n_kv_heads, L * n].
+
+    And the logsumexp of all logits, as `Chosen` has it.
 
     tiles: keys and which of them are there, of all positions in order; the others as
     in `Archive.choose`.
     """
     batch, heads = queries.shape[:2]
-    scores = mx.concatenate([_scores(queries, *tile) for tile in tiles], axis=-1)
+    found = [_scores(queries, *tile) for tile in tiles]
+    scores = mx.concatenate([best for best, _ in found], axis=-1)
     best = mx.argpartition(-scores, n // BLOCK - 1, axis=-1)[..., : n // BLOCK]
     # In order of position: what is added up is the same for any order.
     columns = mx.sort(best, axis=-1)[..., None] * BLOCK + mx.arange(BLOCK)
-    return columns.reshape(batch, heads, -1).astype(mx.int32)
+    total = functools.reduce(mx.logaddexp, (total for _, total in found))
+    return columns.reshape(batch, heads, -1).astype(mx.int32), total
 
 
-def _scores(queries: mx.array, keys: Entries, there: mx.array) -> mx.array:
-    """The greatest logit in each block, float32 [B, n_kv_heads, L, blocks]."""
+def _scores(
+    queries: mx.array, keys: Entries, there: mx.array
+) -> tuple[mx.array, mx.array]:
+    """The greatest logit in each block, [B, n_kv_heads, L, blocks], and their sum."""
     batch, heads, group, length, width = queries.shape
     flat = queries.reshape(batch, heads, group * length, width)
     logits = product(flat, keys, transpose=True)
     logits = mx.where(there[:, :, None], logits, -mx.inf)
-    return logits.reshape(batch, heads, group, length, -1, BLOCK).max(axis=(2, 5))
+    logits = logits.reshape(batch, heads, group, length, -1)
+    blocks = logits.reshape(*logits.shape[:4], -1, BLOCK)
+    return blocks.max(axis=(2, 5)), mx.logsumexp(logits, axis=-1)
 
 
 def stored_as(storage: Storage, rows: Rows) -> Rows:

@@ -16,7 +16,16 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CacheStateError
-from .archive import ROOM, TILE, Archive, Rows, Tile, best_positions, stored_as
+from .archive import (
+    ROOM,
+    TILE,
+    Archive,
+    Chosen,
+    Rows,
+    Tile,
+    best_positions,
+    stored_as,
+)
 from .entries import arrays_of, each, pad, to_mlx, with_arrays
 from .formats import Storage
 from .log_directory import LogDirectory
@@ -96,14 +105,16 @@ class Disk:
         self._log.truncate(kept)
         self._places[self._places >= kept] = -1
 
-    def choose(self, queries: mx.array, n: int) -> Rows:
+    def choose(self, queries: mx.array, n: int) -> Chosen:
         """As `Archive.choose`."""
         assert self._log is not None
-        columns = np.array(best_positions(queries, self._tiles(), n))
+        best, total = best_positions(queries, self._tiles(), n)
+        columns = np.array(best)
         numbers = self._numbers(columns)
         keys, values = self._take(numbers, "keys", "values")
         positions = np.where(numbers >= self._log.first, columns, -1)
-        return Rows(keys, values, to_mlx(positions.astype(np.int32)))
+        rows = Rows(keys, values, to_mlx(positions.astype(np.int32)))
+        return Chosen(rows, total)
 
     def _tiles(self) -> Iterator[Tile]:
         assert self._log is not None
@@ -245,7 +256,7 @@ class DiskArchive:
         given = self.given[:-1] if self.given else ()
         return replace(self, count=count, given=given)
 
-    def choose(self, queries: mx.array, n: int) -> Rows:
+    def choose(self, queries: mx.array, n: int) -> Chosen:
         """As `Archive.choose`. Raises CacheStateError: rows that cannot be had."""
         return self.disk.choose(queries, n)
 

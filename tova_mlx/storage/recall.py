@@ -28,11 +28,13 @@ _JOINED = 32
 class Windows(NamedTuple):
     """What each query of a chunk may read of the archive.
 
-    rows: [B, n_kv_heads, L * slots, ·], for one query after the other.
+    rows: [B, n_kv_heads, L * slots, ·], for one query after the other; total: the
+    logsumexp of the logits of all archived rows, [B, n_heads, L, 1].
     """
 
     rows: Rows
     slots: int
+    total: mx.array
 
 
 class Flush(NamedTuple):
@@ -134,10 +136,11 @@ class Recall:
         batch, n_heads, length, width = queries.shape
         asked = queries.astype(mx.float32)
         asked = asked.reshape(batch, heads, n_heads // heads, length, width)
-        rows = archive.choose(asked, self.slots)
+        rows, total = archive.choose(asked, self.slots)
+        total = total.reshape(batch, n_heads, length, 1)
         read = rows.positions[..., rows.length - self.slots :]
         then = replace(self, archive=archive, read=read)
-        return Windows(as_plain(rows, queries.dtype), self.slots), then
+        return Windows(as_plain(rows, queries.dtype), self.slots, total), then
 
     def until(self, to: int) -> Recall:
         """Return the recall before the tokens from `to` on came."""
