@@ -19,7 +19,10 @@ PAGES = {
     "policies": "docs/policies.md",
     "models": "docs/models.md",
     **dict.fromkeys(
-        ("quality", "bits", "bytes", "perplexity", "needle", "longrange", "kept"),
+        (
+            *("quality", "bits", "bytes", "perplexity", "needle", "longrange", "kept"),
+            *("recall", "recalled"),
+        ),
         "docs/results.md",
     ),
 }

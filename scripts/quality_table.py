@@ -130,7 +130,43 @@ def short() -> str:
     return "\n".join(lines)
 
 
-def needle() -> str:
+def recall() -> str:
+    """Markdown: perplexity with recall and without, at as many slots."""
+    rows = [
+        row
+        for path in sorted((RESULTS / "recall").glob("perplexity*/results.jsonl"))
+        for row in _rows(str(path.relative_to(RESULTS)))
+    ]
+    found: dict[tuple, dict] = {}
+    for row in rows:
+        line = found.setdefault((row["model"], row["text"]), {})
+        line[row["policy"], row["max_kv_size"], row.get("recall")] = row
+    lines = ["| model, text, full | policy | without | with recall | change |"]
+    lines.append("|---" * 5 + "|")
+    for (model, text), line in found.items():
+        full = line["full", None, None]
+        where = f"{model.split('-')[0]}, {text.replace('_', ' ')}, "
+        where += pm(full["value"], full["stderr"], 2)
+        for (policy, size, slots), row in line.items():
+            if slots is None:
+                continue
+            without = line[policy, size, None]
+            names = ("ratio_to_no_recall", "ratio_to_no_recall_stderr")
+            lines.append(
+                f"| {where} | `{policy}` {size} "
+                f"| {pm(without['value'], without['stderr'], 2)} "
+                f"| {size - slots} + {slots}: {pm(row['value'], row['stderr'], 2)} "
+                f"| {_change(row, *names)} |"
+            )
+    return "\n".join(lines)
+
+
+def recalled() -> str:
+    """Markdown: facts found with recall and without."""
+    return needle("recall/needle/results.jsonl")
+
+
+def needle(name: str = "needle/results.jsonl") -> str:
     """Markdown: hits and log-probabilities of all cells, by policy and size."""
     from tova_mlx.evaluation.needle import summary
 
@@ -138,13 +174,14 @@ def needle() -> str:
         "| policy, size | kind | accuracy, 95 % | log-probability | cases |",
         "|---|---|---|---|---|",
     ]
-    for row in summary(_rows("needle/results.jsonl")):
+    for row in summary(_rows(name)):
         low, high = row["interval"]
         mean, error = (
             row[f"mean_log_probability{suffix}"] for suffix in ("", "_stderr")
         )
+        slots = f", recall {row['recall']}" if row.get("recall") else ""
         lines.append(
-            f"| `{row['policy']}` {row['max_kv_size'] or ''} | {row['kind']} "
+            f"| `{row['policy']}` {row['max_kv_size'] or ''}{slots} | {row['kind']} "
             f"| {row['value']:.2f}, {low:.2f} to {high:.2f} "
             f"| {pm(mean, error, 2)} | {row['n']} |"
         )
@@ -226,6 +263,8 @@ TABLES = {
     "bytes": by_bytes,
     "perplexity": perplexity,
     "needle": needle,
+    "recall": recall,
+    "recalled": recalled,
     "longrange": longrange,
     "kept": kept,
 }

@@ -29,6 +29,14 @@ $tova eval longrange --qasper "$qasper" --documents 6 --examples 99 \
 # An eighth of the context first.
 $tova eval perplexity "$moby_dick" --max-kv-size 256 --max-kv-size 64 \
     --max-kv-size 1024 --max-kv-size 512 --max-kv-size 128 --out "$out/perplexity"
+# What was evicted comes back.
+$tova eval needle --text "$persuasion" --max-kv-size 256 --recall 64 --policy fade \
+    --policy tova --length 1024 --depth 0.25 --depth 0.5 --depth 0.75 --cases 10 \
+    --out "$out/recall/needle"
+for text in "$persuasion" "$moby_dick"; do
+    $tova eval perplexity "$text" --tokens 4096 --context 4096 --policy fade \
+        --policy tova --max-kv-size 256 --recall 64 --out "$out/recall/perplexity"
+done
 # Fewer bits, and what they are worth at equal bytes, on two models.
 qwen=$(.venv/bin/python scripts/prepare_demo_model.py --model qwen2.5-0.5b | tail -n 1)
 for model in demo "$qwen"; do
