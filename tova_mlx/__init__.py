@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .caches.layer import PolicyKVCache, TOVACache
     from .caches.observing import observe_evictions
+    from .caches.options import ArchiveOptions
     from .errors import (
         CacheStateError,
         EvaluationError,
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "caches.layer": ("PolicyKVCache", "TOVACache"),
     "caches.observing": ("observe_evictions",),
+    "caches.options": ("ArchiveOptions",),
     "errors": (
         "CacheStateError",
         "EvaluationError",
@@ -46,6 +48,7 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "POLICIES",
+    "ArchiveOptions",
     "CacheStateError",
     "EvaluationError",
     "ModelLoadError",
