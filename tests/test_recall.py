@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from tova_mlx import (
 )
 from tova_mlx.caches.options import CacheOptions
 from tova_mlx.errors import CacheStateError, OptionError, UnsupportedModelError
+from tova_mlx.storage import disk_archive
 from tova_mlx.storage.archive import Archive
 from tova_mlx.storage.disk_archive import Disk
 from tova_mlx.storage.formats import PLAIN
@@ -371,11 +373,12 @@ def test_what_is_on_disk_is_saved_and_goes_on_where_it_is_loaded(tmp_path):
         load_prompt_cache(tmp_path / "no")
 
 
+@pytest.mark.parametrize("where", ["os", "tempfile"])
 @pytest.mark.parametrize("forgets", [False, True])
 def test_a_disk_that_takes_no_more_ends_it_or_is_done_without(
-    forgets, tmp_path, monkeypatch
+    forgets, where, tmp_path, monkeypatch
 ):
-    def write(*args):
+    def write(*args, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     arrays = random_layer(3, 4, 2)
@@ -384,8 +387,16 @@ def test_a_disk_that_takes_no_more_ends_it_or_is_done_without(
     alone = new_cache()
     feed(alone, arrays, [270])
     with monkeypatch.context() as context:
-        context.setattr(os, "pwrite", write)
-        context.setattr(os, "write", write)
+        if where == "os":
+            context.setattr(os, "pwrite", write)
+            context.setattr(os, "write", write)
+        else:
+            # Where the rows of more positions would be noted.
+            context.setattr(disk_archive, "ROOM", 128)
+            context.setattr(tempfile, "TemporaryFile", write)
+            cache.slots.recall.archive.disk._places = np.asarray(
+                cache.slots.recall.archive.disk._places
+            )[:, :, :256]
         if forgets:
             feed(cache, arrays, [150], 270)
         else:

@@ -76,12 +76,14 @@ class Disk:
             self._begin(rows)
         assert self._log is not None
         first, n = self._log.count, rows.length
-        parts = {"positions": np.array(rows.positions).transpose(2, 0, 1)}
-        for name, array in _named(rows.keys, rows.values).items():
-            parts[name] = np.ascontiguousarray(np.array(array).transpose(2, 0, 1, 3))
-        parts["positions"] = np.ascontiguousarray(parts["positions"])
+        arrays = {"positions": rows.positions, **_named(rows.keys, rows.values)}
+        parts = {
+            name: np.ascontiguousarray(np.moveaxis(np.array(array), 2, 0))
+            for name, array in arrays.items()
+        }
         if not self.failed:
             try:
+                self._make_room(seen)
                 self._log.append(parts)
             except CacheStateError as error:
                 if not self.forgets:
@@ -90,7 +92,10 @@ class Disk:
         written = self._log.count - first
         self.lost_after += n - written
         if written:
-            self._note(parts["positions"][:written].transpose(1, 2, 0), first, seen)
+            positions = np.moveaxis(parts["positions"][:written], 0, 2)
+            numbers = np.arange(first, first + written, dtype=np.int32)
+            numbers = np.broadcast_to(numbers, positions.shape)
+            np.put_along_axis(self._places, positions, numbers, axis=2)
 
     def truncate(self, count: int) -> None:
         """Forget rows from `count` on."""
@@ -162,24 +167,26 @@ class Disk:
         self._places = np.zeros(shape, np.int32)
         self._shape = (batch, heads)
 
-    def _note(self, positions: np.ndarray, first: int, seen: int) -> None:
-        """Note where rows [B, H', n] are, numbered from `first` on."""
+    def _make_room(self, seen: int) -> None:
+        """Have places for positions below `seen`, in a file that nobody else sees."""
         there = self._places.shape[2]
-        if seen > there:
-            room = -(-max(seen, there + there // 4) // ROOM) * ROOM
-            self._places = self._grown(self._places, room, -1)
-        numbers = np.arange(first, first + positions.shape[2], dtype=np.int32)
-        numbers = np.broadcast_to(numbers, positions.shape)
-        np.put_along_axis(self._places, positions, numbers, axis=2)
-
-    def _grown(self, array: np.ndarray, n: int, value: int) -> np.ndarray:
-        """The array with room for n, in a file that is gone with the process."""
-        shape = (*array.shape[:2], n, *array.shape[3:])
-        with tempfile.TemporaryFile(dir=self.directory.path) as file:
-            grown = np.memmap(file, array.dtype, "w+", shape=shape)
-        grown[:, :, array.shape[2] :] = value
-        grown[:, :, : array.shape[2]] = array
-        return grown
+        if seen <= there:
+            return
+        room = -(-max(seen, there + there // 4) // ROOM) * ROOM
+        places = np.full((*self._places.shape[:2], room), -1, np.int32)
+        places[:, :, :there] = self._places
+        try:
+            # Written before it is mapped: a page that a full disk has no room for
+            # would end the process.
+            with tempfile.TemporaryFile(dir=self.directory.path) as file:
+                file.write(places.tobytes())
+                file.flush()
+                self._places = np.memmap(file, places.dtype, "r+", shape=places.shape)
+        except OSError as error:
+            raise CacheStateError(
+                f"archive {self.directory.path}: cannot be written ({error.strerror}). "
+                "Make room on the disk, or archive in memory."
+            ) from error
 
     def _take(self, numbers: np.ndarray, *parts: str) -> list[Any]:
         """Keys or values of rows by number [B, n_kv_heads, n]; any for those gone."""
