@@ -382,7 +382,7 @@ def scripted(demo, monkeypatch):
             for i, letter in enumerate(text, 1):
                 last = i == len(text)
                 yield SimpleNamespace(
-                    text=letter, finish_reason=reason if last else None
+                    text=letter, token=0, finish_reason=reason if last else None
                 )
 
         monkeypatch.setattr(
