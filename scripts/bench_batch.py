@@ -11,13 +11,12 @@ the time of the bytes it moves (weights, keys and values). The last line is JSON
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
 
 import mlx.core as mx
-from common import load_demo_model, provenance
+from common import finish, load_demo_model, provenance
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
 
@@ -109,9 +108,7 @@ def main() -> None:
         "max_kv_size": args.limit,
         "results": results,
     }
-    if args.out:
-        args.out.write_text(json.dumps(report) + "\n")
-    print(json.dumps(report))
+    finish(report, args.out)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ interleaved repeats after a warm-up. The last line is JSON.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import mlx.core as mx
-from common import load_demo_model, provenance
+from common import finish, load_demo_model, provenance
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from tova_mlx import make_prompt_cache
@@ -120,10 +119,7 @@ def main() -> None:
         ) / statistics.median(times_early)
         _say(result, "peak_late_vs_early")
         _say(result, "decode_late_vs_early")
-    line = json.dumps(result)
-    if args.out:
-        args.out.write_text(line + "\n")
-    print(line)
+    finish(result, args.out)
 
 
 def _say(result: dict, name: str) -> None:

@@ -9,7 +9,6 @@ of one four times as long. The last line is JSON.
 """
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -17,7 +16,7 @@ import time
 from pathlib import Path
 
 import mlx.core as mx
-from common import load_demo_model, provenance
+from common import finish, load_demo_model, provenance
 
 from tova_mlx.evaluation.reading import token_losses
 from tova_mlx.evaluation.results import Setting
@@ -77,10 +76,7 @@ def main() -> None:
         "peak_long_vs_short": long / short,
     }
     print(f"peak of {LONG} to {LONG // 4} tokens: {long / short:.3f}", file=sys.stderr)
-    line = json.dumps(result)
-    if args.out:
-        args.out.write_text(line + "\n")
-    print(line)
+    finish(result, args.out)
 
 
 def _seconds(runs: list[tuple[float, float]]) -> float:

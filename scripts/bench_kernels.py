@@ -8,13 +8,12 @@ is no Metal only the portable form is timed, and `metal` is null. The last line 
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
 
 import mlx.core as mx
-from common import provenance
+from common import finish, provenance
 
 from tova_mlx.eviction import step_on_gpu
 from tova_mlx.eviction.kernels import scan_on_gpu
@@ -111,10 +110,7 @@ def main() -> None:
         "rows": ROWS,
         "times": rows,
     }
-    line = json.dumps(result)
-    if args.out:
-        args.out.write_text(line + "\n")
-    print(line)
+    finish(result, args.out)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@ step (interleaved, after a warm-up). The last line is JSON.
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from common import load_demo_model, provenance
+from common import finish, load_demo_model, provenance
 
 from tova_mlx import PolicyKVCache, make_prompt_cache
 
@@ -97,9 +96,7 @@ def main() -> None:
         "max_kv_size": args.limit,
         "storage": rows,
     }
-    if args.out:
-        args.out.write_text(json.dumps(report) + "\n")
-    print(json.dumps(report))
+    finish(report, args.out)
 
 
 if __name__ == "__main__":

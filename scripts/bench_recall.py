@@ -10,7 +10,6 @@ and for one of the 128 of a part of a prompt. The last line is JSON.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from common import provenance
+from common import finish, provenance
 
 from tova_mlx import PolicyKVCache
 from tova_mlx.storage.archive import Archive, Rows, as_plain
@@ -64,7 +63,7 @@ def milliseconds(archive: Any, length: int, repeats: int) -> float:
         queries = mx.random.normal(shape)
         mx.eval(queries)
         start = time.perf_counter()
-        rows = as_plain(archive.choose(queries, SLOTS), mx.float32)
+        rows = as_plain(archive.choose(queries, SLOTS).rows, mx.float32)
         mx.eval(rows.keys, rows.values, rows.positions)
         times.append(time.perf_counter() - start)
     return 1000 * LAYERS * statistics.median(times[1:]) / length
@@ -123,10 +122,7 @@ def main() -> None:
             "costs": costs(args.tokens, Path(place)),
             "constant": constant(args.tokens, Path(place)),
         }
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report) + "\n", encoding="utf-8")
-    print(json.dumps(report))
+    finish(report, args.out)
 
 
 if __name__ == "__main__":

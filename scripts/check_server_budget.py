@@ -23,7 +23,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from common import ROOT, provenance
+from common import ROOT, finish, provenance
 
 from tova_mlx.models.budget import parse_size
 from tova_mlx.models.demo import demo_model_path
@@ -171,9 +171,7 @@ def main() -> None:
         "resident_by_round": rounds,
         **provenance(),
     }
-    if args.out is not None:
-        args.out.write_text(json.dumps(report) + "\n", encoding="utf-8")
-    print(json.dumps(report))
+    finish(report, args.out)
     budget = parse_size(args.budget)
     sys.exit(report["cache_bytes_most"] > budget.nbytes)
 

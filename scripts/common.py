@@ -3,6 +3,7 @@
 A script that imports this has MLX's matrix products on OpenBLAS, where there is one.
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,29 @@ def losses(logits: Any, wanted: Any) -> Any:
     logits = logits.astype(mx.float32)
     chosen = mx.take_along_axis(logits, wanted[:, None], axis=-1)[:, 0]
     return mx.logsumexp(logits, axis=-1) - chosen
+
+
+def read_losses(model: Any, ids: list[int], caches: list[Any], step: int) -> Any:
+    """The loss of each token of ids but the first, read in steps: float64."""
+    import mlx.core as mx
+    import numpy as np
+
+    from tova_mlx.evaluation.reading import read
+
+    inputs, wanted, found = mx.array([ids[:-1]]), mx.array(ids[1:]), []
+    for start, logits in read(model, inputs, caches, step):
+        own = wanted[start : start + logits.shape[1]]
+        found.append(np.array(losses(logits[0], own)))
+    return np.concatenate(found).astype(np.float64)
+
+
+def finish(report: dict[str, Any], out: Path | None) -> None:
+    """Write a report to a file if there is one, and print it: the last line is JSON."""
+    line = json.dumps(report)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(line + "\n", encoding="utf-8")
+    print(line)
 
 
 def block(name: str) -> str:

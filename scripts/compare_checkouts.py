@@ -187,7 +187,7 @@ def main() -> int:
     parser.add_argument("--only-race", action="store_true", help="keep what --out says")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    from common import provenance
+    from common import finish, provenance
 
     from tova_mlx.models.demo import demo_model_path
 
@@ -210,10 +210,7 @@ def main() -> int:
         result["ratios"] = race(*checkouts, args.repeats)
     for checkout in checkouts:
         checkout.process.kill()
-    line = json.dumps(result)
-    if args.out:
-        args.out.write_text(line + "\n", encoding="utf-8")
-    print(line)
+    finish(result, args.out)
     return int(
         any(r["layers_that_differ"] or not r["same_tokens"] for r in result["same"])
     )

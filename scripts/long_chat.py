@@ -12,7 +12,6 @@ less likely by more than 1 at the end than at the beginning while it was pinned.
 """
 
 import argparse
-import json
 import re
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from common import losses, provenance
+from common import finish, losses, provenance
 
 from tova_mlx import convert
 from tova_mlx.cli.models import load
@@ -118,9 +117,7 @@ def main() -> None:
         "asked": found,
         **provenance(),
     }
-    if args.out:
-        args.out.write_text(json.dumps(report) + "\n", encoding="utf-8")
-    print(json.dumps(report))
+    finish(report, args.out)
     sys.exit(not same or change < -1)
 
 

@@ -19,12 +19,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-from common import load_demo_model, losses, provenance
+from common import load_demo_model, provenance, read_losses
 
 from tova_mlx import make_prompt_cache
 from tova_mlx.evaluation.plots import new_figure
-from tova_mlx.evaluation.reading import read
 from tova_mlx.models.rotary import trained_range
 
 STRETCH, STEP = 2048, 512
@@ -32,28 +30,20 @@ FIRST, WITHIN = 8192, 1.1
 LINES = {"original": "#D55E00", "auto": "#0072B2", "fresh": "#999999"}
 
 
-def read_losses(model: Any, ids: list[int], caches: list[Any]) -> list[float]:
-    """Loss of each token of ids but the first."""
-    found: list[float] = []
-    inputs, wanted = mx.array([ids[:-1]]), mx.array(ids[1:])
-    for start, logits in read(model, inputs, caches, STEP):
-        own = wanted[start : start + logits.shape[1]]
-        found += losses(logits[0], own).tolist()
-    return found
-
-
 def line(name: str, ids: list[int], how: dict[str, Any]) -> list[float]:
     """The perplexity of each stretch, for one line of the figure."""
     model, _ = load_demo_model()
     starts = range(0, len(ids) - 1, STRETCH)
     if name != "fresh":
-        found = read_losses(model, ids, make_prompt_cache(model, positions=name, **how))
+        caches = make_prompt_cache(model, positions=name, **how)
+        found = read_losses(model, ids, caches, STEP)
         parts = [found[i : i + STRETCH] for i in starts]
     else:
         parts = []
         for i in starts:
             some = ids[max(0, i - STRETCH) : i + STRETCH + 1]
-            found = read_losses(model, some, make_prompt_cache(model, **how))
+            caches = make_prompt_cache(model, **how)
+            found = read_losses(model, some, caches, STEP)
             parts.append(found[-STRETCH:])
     return [math.exp(sum(p) / len(p)) for p in parts]
 

@@ -10,18 +10,16 @@ tokens. The last line is JSON.
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from common import losses, provenance
+from common import finish, provenance, read_losses
 
 from tova_mlx import make_prompt_cache
 from tova_mlx.cli.models import load
-from tova_mlx.evaluation.reading import read
 from tova_mlx.evaluation.statistics import mean_with_error
 from tova_mlx.storage.formats import Storage
 
@@ -50,17 +48,13 @@ def main() -> None:
     args = parser.parse_args()
     model, tokenizer, path = load(args.model)
     text = args.text.read_text(encoding="utf-8")[: 16 * TOKENS]
-    ids = mx.array(tokenizer.encode(text)[: TOKENS + 1])
+    ids = tokenizer.encode(text)[: TOKENS + 1]
 
     def measured(storage: Storage | None, step: int, **bits: Any) -> np.ndarray:
         caches = make_prompt_cache(model, LIMIT, policy=args.policy, journal=0, **bits)
         for cache in caches if storage is not None else ():
             cache.slots.storage = storage
-        parts = []
-        for start, logits in read(model, ids[None, :-1], caches, step):
-            wanted = ids[1 + start : 1 + start + logits.shape[1]]
-            parts.append(np.array(losses(logits[0], wanted)))
-        return np.concatenate(parts)
+        return read_losses(model, ids, caches, step)
 
     plain = measured(None, 512)
     rows = []
@@ -83,9 +77,7 @@ def main() -> None:
         "tokens": TOKENS,
         "rows": rows,
     }
-    if args.out:
-        args.out.write_text(json.dumps(report) + "\n", encoding="utf-8")
-    print(json.dumps(report))
+    finish(report, args.out)
 
 
 if __name__ == "__main__":
