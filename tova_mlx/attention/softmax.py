@@ -19,19 +19,14 @@ def attend_newest(
 
     queries: [B, n_heads, 1, head_dim]; keys, values: entries [B, n_kv_heads, S, ·].
     """
-    logits = masked_logits(queries, keys, args)
-    weights = _weights(logits, args)
-    grouped = weights.reshape(*weights.shape[:1], keys.shape[1], -1, weights.shape[3])
-    if args.recalled is not None:
-        output = _output(weights, values, queries)
-        return args.recalled.merged(output, _logsumexp(logits, args)), grouped
-    if not is_plain(values) or not mx.metal.is_available():
-        # The fallback of mx.fast takes twice as long on the CPU.
-        return _output(weights, values, queries), grouped
-    output = mx.fast.scaled_dot_product_attention(
-        queries, keys, values, scale=args.scale, mask=args.mask, sinks=args.sinks
-    )
-    return output, grouped
+    output, weights = _attend(queries, keys, values, args)
+    if is_plain(values) and args.recalled is None and mx.metal.is_available():
+        # Not on the CPU: the fallback of mx.fast takes twice as long there.
+        output = mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=args.scale, mask=args.mask, sinks=args.sinks
+        )
+    batch, _, _, columns = weights.shape
+    return output, weights.reshape(batch, keys.shape[1], -1, columns)
 
 
 def plain_attention(
@@ -56,13 +51,21 @@ def plain_attention(
         elif args.mask == "causal":
             last = mx.arange(columns - length + start, columns - length + stop)
             mask = mx.arange(columns) <= last[:, None]
-        some, own = queries[:, :, start:stop], args.cut(start, stop, mask)
-        logits = masked_logits(some, keys, own)
-        output = _output(_weights(logits, own), values, some)
-        if own.recalled is not None:
-            output = own.recalled.merged(output, _logsumexp(logits, own))
-        outputs.append(output)
+        own = args.cut(start, stop, mask)
+        outputs.append(_attend(queries[:, :, start:stop], keys, values, own)[0])
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
+
+
+def _attend(
+    queries: mx.array, keys: Entries, values: Entries, args: AttentionArgs
+) -> tuple[mx.array, mx.array]:
+    """Output, what came back included, and the weights of keys [B, n_heads, L, S]."""
+    logits = masked_logits(queries, keys, args)
+    weights = _weights(logits, args)
+    output = _output(weights, values, queries)
+    if args.recalled is not None:
+        output = args.recalled.merged(output, _logsumexp(logits, args))
+    return output, weights
 
 
 def _weights(logits: mx.array, args: AttentionArgs) -> mx.array:

@@ -9,7 +9,6 @@ import click
 
 from ..errors import PromptError
 from .options import (
-    TEXT_FILE,
     cache_arguments,
     cache_options,
     check,
@@ -17,6 +16,7 @@ from .options import (
     sampling_options,
     settle_size,
 )
+from .parameters import TEXT_FILE
 
 
 @click.command(short_help="Text continued in bounded memory")

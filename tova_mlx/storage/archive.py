@@ -24,7 +24,6 @@ from .entries import (
     each,
     gather,
     is_plain,
-    nbytes,
     pad,
     product,
     write,
@@ -52,10 +51,6 @@ class Rows(NamedTuple):
     @property
     def length(self) -> int:
         return self.positions.shape[2]
-
-    @property
-    def nbytes(self) -> int:
-        return nbytes(self.keys) + nbytes(self.values) + self.positions.nbytes
 
     @property
     def plain(self) -> tuple[mx.array, mx.array, mx.array]:

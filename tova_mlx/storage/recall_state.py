@@ -13,9 +13,10 @@ import mlx.core as mx
 import numpy as np
 
 from .archive import BLOCK, Archive, Rows
-from .entries import arrays_of, first_slots, is_plain
+from .entries import first_slots
 from .formats import Storage
 from .recall import Recall
+from .state_entries import check_finite, from_arrays, is_array, to_arrays
 
 if TYPE_CHECKING:
     from .slots import Slots
@@ -26,8 +27,8 @@ def recall_to_state(recall: Recall) -> tuple[Any, dict[str, Any]]:
     archive, waiting = recall.archive, recall.joined()
     rows: Any = (None, None, None)
     if isinstance(archive, Archive):
-        rows = (_plain(archive.keys), _plain(archive.values), archive.there)
-    held = None if waiting is None else tuple(map(_plain, waiting))
+        rows = (to_arrays(archive.keys), to_arrays(archive.values), archive.there)
+    held = None if waiting is None else tuple(map(to_arrays, waiting))
     arrays = (rows, held)
     config = {
         "slots": recall.slots,
@@ -60,10 +61,11 @@ def empty_recall(config: Any, limit: Any, journal: int) -> Recall:
     return Recall(slots, limit, archive, journal, period)
 
 
-def fill_recall(recall: Recall, arrays: Any, slots: Slots, entries: Any) -> Recall:
+def fill_recall(recall: Recall, arrays: Any, slots: Slots) -> Recall:
     """Return a recall with the arrays of a `recall_to_state`.
 
-    slots: of the layer, checked; entries(state, form): as `from_state` reads them.
+    slots: of the layer, checked.
+
     Raises ValueError, TypeError: no reading of a text could have made it.
     """
     (keys, values, there), waiting = arrays
@@ -81,14 +83,14 @@ def fill_recall(recall: Recall, arrays: Any, slots: Slots, entries: Any) -> Reca
         archive = replace(
             empty,
             count=count,
-            keys=entries(keys, stored.keys),
-            values=entries(values, stored.values),
+            keys=from_arrays(keys, stored.keys),
+            values=from_arrays(values, stored.values),
             there=there,
         )
         _check_archive(archive, slots, flushed)
     elif any(a is not None for a in (keys, values, there)):
         raise ValueError("an archive, but nothing was archived")
-    rows = _rows(waiting, slots, max(0, left), entries)
+    rows = _rows(waiting, slots, max(0, left))
     _check_together(archive, rows, slots)
     return replace(
         recall,
@@ -97,11 +99,7 @@ def fill_recall(recall: Recall, arrays: Any, slots: Slots, entries: Any) -> Reca
     )
 
 
-def _plain(entries: Any) -> Any:
-    return entries if entries is None or is_plain(entries) else arrays_of(entries)
-
-
-def _rows(state: Any, slots: Slots, n: int, entries: Any) -> Rows | None:
+def _rows(state: Any, slots: Slots, n: int) -> Rows | None:
     """The n rows that wait."""
     if state is None or not n:
         if state is not None or n:
@@ -109,14 +107,18 @@ def _rows(state: Any, slots: Slots, n: int, entries: Any) -> Rows | None:
         return None
     keys, values, positions = state
     stored = slots.storage
-    rows = Rows(entries(keys, stored.keys), entries(values, stored.values), positions)
+    rows = Rows(
+        from_arrays(keys, stored.keys), from_arrays(values, stored.values), positions
+    )
     batch, heads = slots.keys.shape[:2]
     for given, own in ((rows.keys, slots.keys), (rows.values, slots.values)):
         if tuple(given.shape) != (batch, heads, n, own.shape[3]):
             raise ValueError(f"rows {list(given.shape)}")
     shape = (batch, slots.eviction_heads(slots.keys), n)
-    _check_array("positions", positions, shape, mx.int32)
-    _check_finite(rows.keys, rows.values)
+    if not is_array(positions, shape, mx.int32):
+        raise ValueError(f"positions of rows are not {mx.int32} {list(shape)}")
+    check_finite(rows.keys, n)
+    check_finite(rows.values, n)
     return rows
 
 
@@ -129,8 +131,10 @@ def _check_archive(archive: Archive, slots: Slots, seen: int) -> None:
         if tuple(stored.shape) != (batch, heads, room, own.shape[3]):
             raise ValueError(f"an archive of {list(stored.shape)}")
     shape = (batch, slots.eviction_heads(slots.keys), room)
-    _check_array("there", archive.there, shape, mx.bool_)
-    _check_finite(archive.keys, archive.values)
+    if not is_array(archive.there, shape, mx.bool_):
+        raise ValueError(f"what is archived is not {mx.bool_} {list(shape)}")
+    check_finite(archive.keys, room)
+    check_finite(archive.values, room)
 
 
 def _check_together(archive: Archive, waiting: Rows | None, slots: Slots) -> None:
@@ -151,18 +155,3 @@ def _check_together(archive: Archive, waiting: Rows | None, slots: Slots) -> Non
             or not ((found >= 0) & (found < slots.offset)).all()
         ):
             raise ValueError("tokens that are in no place, or in several")
-
-
-def _check_array(name: str, array: Any, shape: tuple[int, ...], dtype: Any) -> None:
-    if (
-        not isinstance(array, mx.array)
-        or tuple(array.shape) != shape
-        or array.dtype != dtype
-    ):
-        raise ValueError(f"{name} are not {dtype} {list(shape)}")
-
-
-def _check_finite(*entries: Any) -> None:
-    for a in (a for e in entries for a in arrays_of(e)):
-        if not mx.isfinite(a).all().item():
-            raise ValueError("rows that are not numbers")

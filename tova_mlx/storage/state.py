@@ -4,18 +4,19 @@ The journal is not part of it: tokens before a save cannot be taken back after i
 """
 
 import json
-from typing import Any, TypeGuard
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import CacheStateError
 from ..policies import POLICIES, Rule, resolve_options
-from .entries import Entries, arrays_of, first_slots, gather, is_plain
+from .entries import Entries, first_slots, gather, is_plain
 from .formats import Storage
 from .recall_state import empty_recall, fill_recall, recall_to_state
 from .rotation import Renumbering
 from .slots import Slots
+from .state_entries import check_finite, from_arrays, is_array, to_arrays
 
 _VERSION = 1
 # Positions are int32, and there must be some left to go on with.
@@ -54,7 +55,7 @@ def to_state(slots: Slots, rule: Rule, **how: Any) -> tuple[Any, ...]:
         others.append(arrays)
     if slots.rule.pinned:
         config["pinned"] = slots.rule.pinned
-    entries = (_plain(keys), _plain(values))
+    entries = (to_arrays(keys), to_arrays(values))
     return (*entries, *others, victim, slots.offset, json.dumps(config))
 
 
@@ -86,8 +87,8 @@ def from_state(state: tuple[Any, ...]) -> tuple[Slots, dict[str, Any]]:
             others.append(victim)
             recall = empty_recall(recall, rule.max_size, config["journal"])
         slots = Slots(rule, config["journal"], stored, renumbering, recall)
-        slots.keys = _entries(keys, stored.keys)
-        slots.values = _entries(values, stored.values)
+        slots.keys = from_arrays(keys, stored.keys)
+        slots.values = from_arrays(values, stored.values)
         slots.positions, slots.scores, slots.value_norms, *others, slots.victim = others
         if renumbering is not None:
             slots.rotary, slots.stored_rotary = others
@@ -100,7 +101,7 @@ def from_state(state: tuple[Any, ...]) -> tuple[Slots, dict[str, Any]]:
         slots.offset = offset
         _check(slots)
         if recall is not None and slots.keys is not None:
-            slots.recall = fill_recall(recall, kept, slots, _entries)
+            slots.recall = fill_recall(recall, kept, slots)
     except _WRONG as error:
         raise CacheStateError(
             f"This is not the state of a tova_mlx cache ({error}). Make it again "
@@ -122,29 +123,6 @@ def _rule(given: dict[str, Any]) -> Rule:
     if rule.as_dict() != given:
         raise ValueError("a rule that no options give")
     return rule
-
-
-def _plain(entries: Any) -> Any:
-    """An array, or those of quantised entries."""
-    return entries if entries is None or is_plain(entries) else arrays_of(entries)
-
-
-def _entries(state: Any, form: Any) -> Any:
-    if state is None:
-        return None
-    if form is not None:
-        if isinstance(state, mx.array):
-            raise ValueError("entries that are not quantised")
-        return form.from_state(state)
-    if not _is_array(state, 4):
-        raise ValueError("entries that are not of four dimensions")
-    if not mx.issubdtype(state.dtype, mx.floating):
-        raise ValueError(f"entries of {state.dtype}")
-    return state
-
-
-def _is_array(array: Any, ndim: int) -> TypeGuard[mx.array]:
-    return isinstance(array, mx.array) and array.ndim == ndim
 
 
 def _check(slots: Slots) -> None:
@@ -193,7 +171,7 @@ def _check_shapes(slots: Slots, keys: Entries, values: Entries) -> None:
         array = getattr(slots, name)
         if array is None and not must:
             continue
-        if not _is_array(array, 3) or array.shape != shape or array.dtype != dtype:
+        if not is_array(array, shape, dtype):
             raise ValueError(f"{name} are not {dtype} {list(shape)}")
         if not may:
             raise ValueError(f"{name}, but {rule.policy} has none with these options")
@@ -276,6 +254,5 @@ def _check_numbers(slots: Slots) -> None:
             known = np.array(array)[..., : slots.taken]
             if not (~held | (np.isfinite(known) & (known >= least))).all():
                 raise ValueError(f"{name} that are not numbers")
-    for a in (*arrays_of(slots.keys), *arrays_of(slots.values)):
-        if not mx.isfinite(a[:, :, : slots.taken]).all().item():
-            raise ValueError("keys or values that are not numbers")
+    check_finite(slots.keys, slots.taken)
+    check_finite(slots.values, slots.taken)

@@ -7,7 +7,7 @@ import click
 
 from ...evaluation.kinds import ENOUGH
 from ...tables import table
-from ..options import TEXT_FILE
+from ..parameters import TEXT_FILE
 from .options import evaluation_options, quantised_options, recall_option
 from .runner import Evaluation, begin, first_ids
 

@@ -8,7 +8,7 @@ import click
 from ...evaluation.lines import read_text
 from ...tables import table
 from ..models import directory
-from ..options import TEXT_FILE, Finite
+from ..parameters import TEXT_FILE, Finite
 from .figures import percent, pm
 from .options import check_settings, evaluation_options
 from .runner import Evaluation, begin

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ...tables import table
-from ..options import TEXT_FILE, Finite
+from ..parameters import TEXT_FILE, Finite
 from .figures import pm
 from .options import evaluation_options, quantised_options, recall_option
 from .runner import Evaluation, begin

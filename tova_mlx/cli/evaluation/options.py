@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import click
 
 from ...policies import POLICIES
-from ..options import KVBits, KVSize, UserPath, check_policy, model_option
+from ..options import check_policy, model_option
+from ..parameters import KVBits, KVSize, UserPath
 
 F = TypeVar("F", bound=Callable[..., Any])
 

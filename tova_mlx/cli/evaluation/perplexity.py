@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from ...tables import table
-from ..options import TEXT_FILE
+from ..parameters import TEXT_FILE
 from .figures import percent, pm
 from .options import evaluation_options, quantised_options, recall_option
 from .runner import Evaluation, begin, first_ids
