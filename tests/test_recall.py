@@ -207,6 +207,24 @@ def test_taking_tokens_back_takes_back_what_was_recalled(policy, stepwise, back)
     assert cache.slots.recall == cache.slots.recall.empty()
 
 
+@pytest.mark.parametrize("journal", [0, 4])
+@pytest.mark.parametrize("seen", [256, 257, 260, 261])
+def test_one_token_more_than_promised_is_taken_back_exactly_or_not(journal, seen):
+    arrays = random_layer(1, 4, 2)
+    cache = new_cache(journal=journal)
+    feed(cache, arrays, [1] * seen)
+    # The last victim is in its slot, so it is at hand beside those in the journal.
+    if cache.can_trim(journal + 1):
+        cache.trim(journal + 1)
+    else:
+        with pytest.raises(CacheStateError, match="cannot be taken back"):
+            cache.trim(journal + 1)
+    fresh = new_cache(journal=journal)
+    feed(fresh, arrays, [cache.seen])
+    assert_same(snapshot(fresh), snapshot(cache))
+    assert PolicyKVCache.from_state(cache.state).seen == cache.seen
+
+
 def test_a_copy_and_its_original_go_their_own_ways():
     arrays, others = random_layer(1, 4, 2), random_layer(2, 4, 2)
     cache = new_cache(journal=4)

@@ -142,6 +142,11 @@ class Recall:
         then = replace(self, archive=archive, read=read)
         return Windows(as_plain(rows, queries.dtype), self.slots, total), then
 
+    def can_go_back(self, to: int, seen: int) -> bool:
+        """Whether what went to the archive after `to` tokens, of `seen`, is known."""
+        first = self.next_cut(max(to, self.first + 1))
+        return first > seen or any(f.offset == first for f in self.flushes)
+
     def until(self, to: int) -> Recall:
         """Return the recall before the tokens from `to` on came."""
         if to <= 0:

@@ -229,6 +229,8 @@ class Slots(SlotFields):
             return False
         if not self._can_rotate_back(to):
             return False
+        if self.recall is not None and not self.recall.can_go_back(to, self.offset):
+            return False
         evictions = 0 if limit is None else self.offset - max(to, limit)
         at_hand = len(self.journal.evicted_since(to)) + (self.victim is not None)
         return evictions <= at_hand
