@@ -203,6 +203,15 @@ def test_taking_tokens_back_takes_back_what_was_recalled(policy, stepwise, back)
         fresh = new_cache(policy, journal=16)
         feed(fresh, arrays, [to])
         assert np.abs(again - feed(fresh, arrays, [LENGTH - to], to)).max() < 1e-5
+    # Before the first rows went to the archive.
+    cache = new_cache(policy, journal=16)
+    feed(cache, arrays, [1] * 128 if stepwise else [128])
+    more = min(back, 15)
+    feed(cache, arrays, [1] * more if stepwise else [more], 128)
+    assert cache.trim(more + 1) == more + 1
+    assert_same(snapshot(cache), snapshot(PolicyKVCache.from_state(cache.state)))
+    cache = new_cache(policy, journal=16)
+    feed(cache, arrays, [LENGTH])
     assert cache.trim(LENGTH) == LENGTH
     assert cache.slots.recall == cache.slots.recall.empty()
 

@@ -125,6 +125,8 @@ class Archive:
         """Return the archive before rows were added."""
         if not rows.length:
             return self
+        if rows.length == self.count:
+            return self.empty()
         there = _put(self.there, rows.positions, False)
         return replace(self, count=self.count - rows.length, there=there)
 
