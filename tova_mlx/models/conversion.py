@@ -29,7 +29,7 @@ from .archives import archive_on_disk
 from .budget import STEP, Budget, Fit, fit, parse_size
 from .fitting import fitted
 from .known import REFUSED
-from .report import Report, bound, describe, trace
+from .report import Report, bound, describe, trace, unbounded_bytes
 from .rotary import renumbering_for, rotations_of
 
 # What a model bounds itself.
@@ -280,6 +280,11 @@ class _Maker:
         twin.pinned = self.pinned
         twin._model = ref(memo.get(id(model), model))
         return twin
+
+
+def default_bytes(model: nn.Module, tokens: int) -> int:
+    """Bytes that the model's caches take without us, after so many tokens."""
+    return unbounded_bytes(trace(model, _default_caches(model)), tokens)
 
 
 def _default_caches(model: nn.Module) -> list[Any]:

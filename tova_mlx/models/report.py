@@ -123,6 +123,22 @@ def bytes_per_token(caches: list[Any]) -> int:
     return sum(nbytes(e) // e.shape[2] for e in entries if e is not None)
 
 
+def unbounded_bytes(caches: list[Any], tokens: int) -> int:
+    """Bytes that mlx-lm's own caches take after so many tokens, all layers.
+
+    caches: of one token, as `trace` leaves them. One that mlx-lm bounds itself, such as
+    a sliding window's, counts for no more than its limit.
+    """
+
+    def taken(cache: Any) -> int:
+        limit, grown = bound(cache), tokens * bytes_per_token([cache])
+        if not grown or limit is None:
+            return limit or grown
+        return min(limit, grown)
+
+    return sum(map(taken, leaves(caches)))
+
+
 def _row(layer: int, cache: Any, bound: int | None) -> Row:
     parts = list(leaves([cache]))
     policies = [c.rule.policy for c in parts if isinstance(c, OURS)]
