@@ -5,11 +5,13 @@ import copy
 import mlx.core as mx
 import pytest
 import tiny
+import zoo
 from mlx_lm.generate import generate_step
 from mlx_lm.models import cache as mlx_lm_cache
 
 from tova_mlx import TOVACache, convert, describe, make_prompt_cache, revert
 from tova_mlx.errors import OptionError, UnsupportedModelError
+from tova_mlx.models.conversion import default_bytes
 
 
 def kinds(model):
@@ -93,3 +95,22 @@ def test_caches_of_a_converted_model_can_be_copied():
     fresh = model.make_cache()
     tiny.feed(model, tiny.tokens(20), fresh, 20)
     assert mx.array_equal(a, tiny.feed(model, tiny.tokens(4), fresh, 4))
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llama", "qwen3_next"])
+def test_bytes_without_us_are_those_of_the_tokens_in_mlx_lms_caches(name):
+    model = zoo.make(name)
+    caches = mlx_lm_cache.make_prompt_cache(model)
+    convert(model, 16)
+    for length in (40, 60):
+        tiny.feed(model, tiny.tokens(length, seed=length), caches, 20)
+        seen, taken = max(getattr(c, "offset", 0) for c in caches), 0
+        for cache in caches:
+            if isinstance(cache, mlx_lm_cache.ArraysCache):
+                taken += cache.nbytes
+                continue
+            # Of 72 tokens at most where mlx-lm has a window.
+            held = min(cache.offset, getattr(cache, "max_size", cache.offset))
+            heads, width = cache.keys.shape[1], cache.keys.shape[3]
+            taken += 4 * held * heads * (width + cache.values.shape[3])
+        assert default_bytes(model, seen) == taken
