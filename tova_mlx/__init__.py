@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         TovaError,
         UnsupportedModelError,
     )
+    from .models.conversation import Conversation, Recalled
     from .models.conversion import convert, make_prompt_cache, revert
     from .models.report import Report, describe
     from .models.saved import load_prompt_cache, save_prompt_cache
@@ -39,6 +40,7 @@ _HOMES = {
         "TovaError",
         "UnsupportedModelError",
     ),
+    "models.conversation": ("Conversation", "Recalled"),
     "models.conversion": ("convert", "make_prompt_cache", "revert"),
     "models.report": ("Report", "describe"),
     "models.saved": ("load_prompt_cache", "save_prompt_cache"),
@@ -50,12 +52,14 @@ __all__ = [
     "POLICIES",
     "ArchiveOptions",
     "CacheStateError",
+    "Conversation",
     "EvaluationError",
     "ModelLoadError",
     "OptionError",
     "Policy",
     "PolicyKVCache",
     "PromptError",
+    "Recalled",
     "Report",
     "TOVACache",
     "TovaError",
