@@ -20,7 +20,8 @@ import mlx.core as mx
 from common import finish, provenance
 
 from tova_mlx import PolicyKVCache
-from tova_mlx.storage.archive import Archive, Rows, as_plain
+from tova_mlx.attention.recalled import recall
+from tova_mlx.storage.archive import Archive, Rows
 from tova_mlx.storage.disk_archive import Disk, DiskArchive
 from tova_mlx.storage.formats import storage_for
 from tova_mlx.storage.log_directory import LogDirectory
@@ -56,15 +57,15 @@ def constant(tokens: int, place: Path) -> list[dict[str, int]]:
 
 
 def milliseconds(archive: Any, length: int, repeats: int) -> float:
-    """A token's share of choosing and fetching rows for `length` of them."""
+    """A token's share of attending to an archive, for `length` of them."""
     times = []
-    shape = (1, N_KV_HEADS, N_HEADS // N_KV_HEADS, length, WIDTH)
+    shape = (1, N_HEADS, length, WIDTH)
     for _ in range(repeats + 1):
         queries = mx.random.normal(shape)
         mx.eval(queries)
         start = time.perf_counter()
-        rows = as_plain(archive.choose(queries, SLOTS).rows, mx.float32)
-        mx.eval(rows.keys, rows.values, rows.positions)
+        recalled, read = recall(queries, archive, SLOTS)
+        mx.eval(*recalled, read)
         times.append(time.perf_counter() - start)
     return 1000 * LAYERS * statistics.median(times[1:]) / length
 

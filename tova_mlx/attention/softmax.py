@@ -61,25 +61,17 @@ def _attend(
 ) -> tuple[mx.array, mx.array]:
     """Output, what came back included, and the weights of keys [B, n_heads, L, S]."""
     logits = masked_logits(queries, keys, args)
-    weights = _weights(logits, args)
-    output = _output(weights, values, queries)
-    if args.recalled is not None:
-        output = args.recalled.merged(output, _logsumexp(logits, args))
-    return output, weights
-
-
-def _weights(logits: mx.array, args: AttentionArgs) -> mx.array:
-    """Softmax of logits [B, n_heads, L, S], float32; learned sinks take their share."""
-    if args.sinks is None:
-        return mx.softmax(logits, axis=-1, precise=True)
-    return mx.softmax(_with_sinks(logits, args), axis=-1, precise=True)[..., 1:]
-
-
-def _logsumexp(logits: mx.array, args: AttentionArgs) -> mx.array:
-    """Of all logits [B, n_heads, L, 1], learned sinks included."""
     if args.sinks is not None:
         logits = _with_sinks(logits, args)
-    return mx.logsumexp(logits, axis=-1, keepdims=True)
+    weights = mx.softmax(logits, axis=-1, precise=True)
+    n_learned = 0 if args.sinks is None else 1
+    output = _output(weights[..., n_learned:], values, queries)
+    if args.recalled is not None:
+        # A softmax's greatest weight is that of its greatest logit.
+        greatest = (a.max(axis=-1, keepdims=True) for a in (logits, weights))
+        top, weight = greatest
+        output = args.recalled.merged(output, top - mx.log(weight))
+    return output, weights[..., n_learned:]
 
 
 def _with_sinks(logits: mx.array, args: AttentionArgs) -> mx.array:

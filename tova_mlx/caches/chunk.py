@@ -3,6 +3,7 @@
 What happens to a layer's slots, without the order of calls that a model keeps to.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -15,7 +16,7 @@ from ..attention.evict import (
     evict_oldest,
     mark_oldest,
 )
-from ..attention.recalled import attend_to_windows
+from ..attention.recalled import recall
 from ..attention.softmax import attend_newest, plain_attention
 from ..eviction import window_mask
 from ..storage.entries import Entries, to_mlx
@@ -68,8 +69,7 @@ def attend(
 ) -> Attended:
     """Attend to what `store` gave; evict afterwards what the rule says."""
     rule, one = slots.rule, queries.shape[2] == 1
-    if slots.recall is not None:
-        args = _with_recalled(slots, queries, args)
+    args = _with_recalled(slots, queries, args)
     if rule.by_age:
         if one and slots.evicted:
             return Attended(slots.tied(attend_newest(queries, keys, values, args)[0]))
@@ -86,12 +86,13 @@ def _with_recalled(
     slots: Slots, queries: mx.array, args: AttentionArgs
 ) -> AttentionArgs:
     """With what the queries read of the evicted."""
-    assert slots.recall is not None
-    scaled = queries * args.scale
-    windows, slots.recall = slots.recall.read_by(scaled, slots.keys.shape[1])
-    if windows is None:
+    known = slots.recall
+    if known is None or not known.archive.count:
         return args
-    return args._replace(recalled=attend_to_windows(scaled, windows))
+    archive = known.archive.synced()
+    recalled, read = recall(queries * args.scale, archive, known.slots)
+    slots.recall = replace(known, archive=archive, read=read)
+    return args._replace(recalled=recalled)
 
 
 def is_cut(slots: Slots, length: int) -> bool:

@@ -1,37 +1,29 @@
 """Rows that a layer evicted, to be brought back: all of them, in memory.
 
-A row lies at its token's position, so that neighbours are found without an index. A
-query chooses blocks of neighbours by the one key in each that it attends to most: a
-summary of a block (its mean key, or its least and greatest numbers) misses the one
-token in it that is asked for, see docs/results.md. Shapes: entries [B, n_kv_heads, C,
-head_dim], C positions of which some hold a row; H' is 1 or n_kv_heads.
+A row lies at its token's position, so that neighbours are found without an index.
+Shapes: entries [B, n_kv_heads, C, head_dim], C positions of which some hold a row; H'
+is 1 or n_kv_heads.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import mlx.core as mx
 
-from ..policies import RECALL_BLOCK
 from .entries import (
     Entries,
     arrays_of,
-    dequantized,
     each,
     gather,
     is_plain,
     pad,
-    product,
     write,
 )
 from .formats import Storage
 
-# Neighbours that come back together.
-BLOCK = RECALL_BLOCK
 # Positions for which room is made at least, and by which it grows.
 ROOM = 1024
 # Positions whose keys are compared with queries at once.
@@ -52,27 +44,9 @@ class Rows(NamedTuple):
     def length(self) -> int:
         return self.positions.shape[2]
 
-    @property
-    def plain(self) -> tuple[mx.array, mx.array, mx.array]:
-        """Those of a window, which are not quantised."""
-        assert is_plain(self.keys)
-        assert is_plain(self.values)
-        return self.keys, self.values, self.positions
-
     def cut(self, start: int, stop: int) -> Rows:
         """Return those from start to stop."""
         return Rows(*(each(lambda a: a[:, :, start:stop], part) for part in self))
-
-
-class Chosen(NamedTuple):
-    """Rows for some tokens [B, n_kv_heads, L * n, ·], for one after the other.
-
-    total: the logsumexp of the logits of all rows, chosen or not, float32 [B,
-    n_kv_heads, G, L].
-    """
-
-    rows: Rows
-    total: mx.array
 
 
 @dataclass(frozen=True)
@@ -130,25 +104,43 @@ class Archive:
         there = _put(self.there, rows.positions, False)
         return replace(self, count=self.count - rows.length, there=there)
 
-    def choose(self, queries: mx.array, n: int) -> Chosen:
-        """Return the n rows that each query attends to most, in blocks of neighbours.
+    @property
+    def n_kv_heads(self) -> int:
+        return self.keys.shape[1]
 
-        queries: float32 [B, n_kv_heads, G, L, head_dim], those of one token in the
-        heads of a KV head together; n: a multiple of 16.
-        """
+    @property
+    def room(self) -> int:
+        """Positions for which there is room, C: a multiple of 16."""
+        return 0 if self.there is None else self.there.shape[2]
+
+    def tiles(self) -> Iterator[Tile]:
+        """Yield keys and which of them are there, of all positions in order."""
         assert self.there is not None
-        columns, total = best_positions(queries, self._tiles(), n)
-        there = mx.broadcast_to(self.there, (*columns.shape[:2], self.there.shape[2]))
-        positions = mx.where(gather(there, columns), columns, -1)
+        for start, stop in tiles(self.room):
+            keys = each(lambda a, i=start, j=stop: a[:, :, i:j], self.keys)
+            yield keys, self.there[..., start:stop]
+
+    def values_of_tiles(self) -> Iterator[Entries]:
+        """Yield values, of the same positions."""
+        for start, stop in tiles(self.room):
+            yield each(lambda a, i=start, j=stop: a[:, :, i:j], self.values)
+
+    def take(self, columns: mx.array) -> Rows:
+        """Return the rows at positions [B, n_kv_heads, n]."""
         keys, values = (gather(e, columns) for e in (self.keys, self.values))
-        return Chosen(Rows(keys, values, positions), total)
+        return Rows(keys, values, self.positions(columns))
+
+    def positions(self, columns: mx.array) -> mx.array:
+        """Return the positions [B, n_kv_heads, n] themselves, -1 where no row is."""
+        assert self.there is not None
+        there = mx.broadcast_to(self.there, (*columns.shape[:2], self.room))
+        return mx.where(gather(there, columns), columns, -1)
 
     def rows(self) -> Rows:
         """Return all rows, in order of position."""
         assert self.there is not None
-        room = self.there.shape[2]
         # Those that are not there come last.
-        last = mx.where(self.there, mx.arange(room), room)
+        last = mx.where(self.there, mx.arange(self.room), self.room)
         positions = mx.sort(last, axis=2)[..., : self.count - self.lost]
         positions = positions.astype(mx.int32)
         keys, values = (gather(e, positions) for e in (self.keys, self.values))
@@ -162,17 +154,10 @@ class Archive:
         """Return the archive, ready to be asked for rows."""
         return self
 
-    def _tiles(self) -> Iterator[Tile]:
-        assert self.there is not None
-        for start in range(0, self.there.shape[2], TILE):
-            stop = start + TILE
-            keys = each(lambda a, i=start, j=stop: a[:, :, i:j], self.keys)
-            yield keys, self.there[..., start:stop]
-
     def _with_room(
         self, keys: Entries, values: Entries, positions: mx.array, seen: int
     ) -> Archive:
-        there = 0 if self.there is None else self.there.shape[2]
+        there = self.room
         if seen <= there:
             return self
         # By a quarter at least, so that all that is copied is a few times the whole.
@@ -189,37 +174,10 @@ class Archive:
         )
 
 
-def best_positions(
-    queries: mx.array, tiles: Iterable[Tile], n: int
-) -> tuple[mx.array, mx.array]:
-    """Return the n positions of each token's best blocks, int32 [B, n_kv_heads, L * n].
-
-    And the logsumexp of all logits, as `Chosen` has it.
-
-    tiles: keys and which of them are there, of all positions in order; the others as
-    in `Archive.choose`.
-    """
-    batch, heads = queries.shape[:2]
-    found = [_scores(queries, *tile) for tile in tiles]
-    scores = mx.concatenate([best for best, _ in found], axis=-1)
-    best = mx.argpartition(-scores, n // BLOCK - 1, axis=-1)[..., : n // BLOCK]
-    # In order of position: what is added up is the same for any order.
-    columns = mx.sort(best, axis=-1)[..., None] * BLOCK + mx.arange(BLOCK)
-    total = functools.reduce(mx.logaddexp, (total for _, total in found))
-    return columns.reshape(batch, heads, -1).astype(mx.int32), total
-
-
-def _scores(
-    queries: mx.array, keys: Entries, there: mx.array
-) -> tuple[mx.array, mx.array]:
-    """The greatest logit in each block, [B, n_kv_heads, L, blocks], and their sum."""
-    batch, heads, group, length, width = queries.shape
-    flat = queries.reshape(batch, heads, group * length, width)
-    logits = product(flat, keys, transpose=True)
-    logits = mx.where(there[:, :, None], logits, -mx.inf)
-    logits = logits.reshape(batch, heads, group, length, -1)
-    blocks = logits.reshape(*logits.shape[:4], -1, BLOCK)
-    return blocks.max(axis=(2, 5)), mx.logsumexp(logits, axis=-1)
+def tiles(room: int) -> Iterator[tuple[int, int]]:
+    """Yield where each tile begins and ends."""
+    for start in range(0, room, TILE):
+        yield start, min(start + TILE, room)
 
 
 def stored_as(storage: Storage, rows: Rows) -> Rows:
@@ -232,11 +190,3 @@ def stored_as(storage: Storage, rows: Rows) -> Rows:
 def _put(there: Any, positions: mx.array, value: bool) -> mx.array:
     new = mx.full(positions.shape, value)
     return mx.put_along_axis(there, positions, new, axis=2)
-
-
-def as_plain(rows: Rows, dtype: mx.Dtype) -> Rows:
-    """Return rows with keys and values as one array each."""
-    keys, values = (
-        e if is_plain(e) else dequantized(e) for e in (rows.keys, rows.values)
-    )
-    return Rows(keys.astype(dtype), values.astype(dtype), rows.positions)

@@ -16,17 +16,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CacheStateError
-from .archive import (
-    ROOM,
-    TILE,
-    Archive,
-    Chosen,
-    Rows,
-    Tile,
-    best_positions,
-    stored_as,
-)
-from .entries import arrays_of, each, pad, to_mlx, with_arrays
+from .archive import ROOM, Archive, Rows, Tile, stored_as, tiles
+from .entries import Entries, arrays_of, each, pad, to_mlx, with_arrays
 from .formats import Storage
 from .log_directory import LogDirectory
 from .row_log import RowLog
@@ -110,28 +101,43 @@ class Disk:
         self._log.truncate(kept)
         self._places[self._places >= kept] = -1
 
-    def choose(self, queries: mx.array, n: int) -> Chosen:
-        """As `Archive.choose`."""
-        assert self._log is not None
-        best, total = best_positions(queries, self._tiles(), n)
-        columns = np.array(best)
-        numbers = self._numbers(columns)
-        keys, values = self._take(numbers, "keys", "values")
-        positions = np.where(numbers >= self._log.first, columns, -1)
-        rows = Rows(keys, values, to_mlx(positions.astype(np.int32)))
-        return Chosen(rows, total)
+    @property
+    def room(self) -> int:
+        """Positions for which there is room, rows or not."""
+        return self._places.shape[2]
 
-    def _tiles(self) -> Iterator[Tile]:
+    @property
+    def n_kv_heads(self) -> int:
+        return self._shape[1]
+
+    def tiles(self) -> Iterator[Tile]:
+        """As `Archive.tiles`."""
         assert self._log is not None
-        batch, heads = self._shape
-        for start in range(0, self._places.shape[2], TILE):
-            stop = min(start + TILE, self._places.shape[2])
+        for start, stop in tiles(self.room):
             there = np.asarray(self._places[..., start:stop]) >= self._log.first
-            columns = np.broadcast_to(
-                np.arange(start, stop), (batch, heads, stop - start)
-            )
-            (keys,) = self._take(self._numbers(columns), "keys")
+            (keys,) = self._take(self._numbers(self._all(start, stop)), "keys")
             yield keys, to_mlx(there)
+
+    def values_of_tiles(self) -> Iterator[Entries]:
+        """As `Archive.values_of_tiles`."""
+        for start, stop in tiles(self.room):
+            yield self._take(self._numbers(self._all(start, stop)), "values")[0]
+
+    def take(self, columns: mx.array) -> Rows:
+        """As `Archive.take`."""
+        numbers = self._numbers(np.array(columns))
+        keys, values = self._take(numbers, "keys", "values")
+        return Rows(keys, values, self.positions(columns))
+
+    def positions(self, columns: mx.array) -> mx.array:
+        """As `Archive.positions`."""
+        assert self._log is not None
+        there = self._numbers(np.array(columns)) >= self._log.first
+        return mx.where(to_mlx(there), columns, -1)
+
+    def _all(self, start: int, stop: int) -> np.ndarray:
+        """Positions from start to stop [B, n_kv_heads, ·]."""
+        return np.broadcast_to(np.arange(start, stop), (*self._shape, stop - start))
 
     def _numbers(self, columns: np.ndarray) -> np.ndarray:
         """Numbers of the rows at positions [B, n_kv_heads, n]."""
@@ -263,9 +269,28 @@ class DiskArchive:
         given = self.given[:-1] if self.given else ()
         return replace(self, count=count, given=given)
 
-    def choose(self, queries: mx.array, n: int) -> Chosen:
-        """As `Archive.choose`. Raises CacheStateError: rows that cannot be had."""
-        return self.disk.choose(queries, n)
+    @property
+    def room(self) -> int:
+        return self.disk.room
+
+    @property
+    def n_kv_heads(self) -> int:
+        return self.disk.n_kv_heads
+
+    def tiles(self) -> Iterator[Tile]:
+        """As `Archive.tiles`. Raises CacheStateError: rows that cannot be had."""
+        return self.disk.tiles()
+
+    def values_of_tiles(self) -> Iterator[Entries]:
+        """As `Archive.values_of_tiles`, and as `tiles`."""
+        return self.disk.values_of_tiles()
+
+    def take(self, columns: mx.array) -> Rows:
+        """As `Archive.take`, and as `tiles`."""
+        return self.disk.take(columns)
+
+    def positions(self, columns: mx.array) -> mx.array:
+        return self.disk.positions(columns)
 
     def in_memory(self, seen: int) -> Archive:
         """Return the same rows in memory; seen: above all positions."""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from .archive import Archive, Rows, as_plain
+from .archive import Archive, Rows
 from .disk_archive import DiskArchive
 from .entries import Entries, arrays_of, join
 
@@ -23,18 +23,6 @@ from .entries import Entries, arrays_of, join
 _PERIOD = 128
 # Evicted rows that wait one by one before they are joined.
 _JOINED = 32
-
-
-class Windows(NamedTuple):
-    """What each query of a chunk may read of the archive.
-
-    rows: [B, n_kv_heads, L * slots, ·], for one query after the other; total: the
-    logsumexp of the logits of all archived rows, [B, n_heads, L, 1].
-    """
-
-    rows: Rows
-    slots: int
-    total: mx.array
 
 
 class Flush(NamedTuple):
@@ -124,23 +112,6 @@ class Recall:
             waiting=(rest,) if rest.length else (),
             flushes=(*flushes, Flush(offset, rows)) if self.journal else (),
         )
-
-    def read_by(self, queries: mx.array, heads: int) -> tuple[Windows | None, Recall]:
-        """Return what queries read, and the recall after them.
-
-        queries: [B, n_heads, L, head_dim], scaled; heads: n_kv_heads.
-        """
-        if not self.archive.count:
-            return None, self
-        archive = self.archive.synced()
-        batch, n_heads, length, width = queries.shape
-        asked = queries.astype(mx.float32)
-        asked = asked.reshape(batch, heads, n_heads // heads, length, width)
-        rows, total = archive.choose(asked, self.slots)
-        total = total.reshape(batch, n_heads, length, 1)
-        read = rows.positions[..., rows.length - self.slots :]
-        then = replace(self, archive=archive, read=read)
-        return Windows(as_plain(rows, queries.dtype), self.slots, total), then
 
     def can_go_back(self, to: int, seen: int) -> bool:
         """Whether what went to the archive after `to` tokens, of `seen`, is known."""

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from .archive import BLOCK, Archive, Rows
+from ..policies import RECALL_BLOCK
+from .archive import Archive, Rows
 from .entries import first_slots
 from .formats import Storage
 from .recall import Recall
@@ -45,7 +46,7 @@ def empty_recall(config: Any, limit: Any, journal: int) -> Recall:
     limit: tokens held before one is evicted. Raises ValueError, TypeError, LookupError.
     """
     slots = config["slots"]
-    if type(slots) is not int or slots <= 0 or slots % BLOCK or limit is None:
+    if type(slots) is not int or slots <= 0 or slots % RECALL_BLOCK or limit is None:
         raise ValueError(f"{slots!r} slots for recall")
     period = config["period"]
     if type(period) is not int or not 0 < period < 2**31:
@@ -125,7 +126,7 @@ def _rows(state: Any, slots: Slots, n: int) -> Rows | None:
 def _check_archive(archive: Archive, slots: Slots, seen: int) -> None:
     batch, heads = slots.keys.shape[:2]
     room = archive.keys.shape[2]
-    if room % BLOCK or room < seen:
+    if room % RECALL_BLOCK or room < seen:
         raise ValueError(f"an archive of {room} positions")
     for stored, own in ((archive.keys, slots.keys), (archive.values, slots.values)):
         if tuple(stored.shape) != (batch, heads, room, own.shape[3]):
