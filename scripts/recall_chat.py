@@ -2,10 +2,10 @@
 
     python scripts/recall_chat.py TEXT [--tokens 20000] [--model PATH] [--out FILE]
 
-`tova-mlx chat` is told a name in 512 tokens, then given passages of the text to answer
-in a few words until it has seen so many tokens, and asked for the name: with recall,
-and without. FILE gets what was said in the first and the last turns of both. The last
-line is JSON; exit 1 if the name is not answered with recall.
+`tova-mlx chat` is told a number, then given passages of the text until it has seen so
+many tokens, and asked for the number: with 128 of 512 tokens for recall, and without.
+FILE gets what was said in the first and the last turns of both. The last line is JSON;
+exit 1 if the number is not answered with recall.
 """
 
 import argparse
@@ -20,11 +20,15 @@ from common import provenance
 
 from tova_mlx.models.demo import demo_model_path
 
-NAME = "Marigold"
-TOLD = f"My cat is called {NAME}. Say hello to my cat."
-ASKED = "What is the name of my cat?"
+NUMBER = "48213"
+TOLD = (
+    f"Please remember this: the code of my bicycle lock is {NUMBER}. I will ask you "
+    "for it later."
+)
+ASKED = "What is the code of my bicycle lock?"
+GIVEN = "Here is a passage of a novel. Only say OK. "
 # Words of a passage, and tokens of an answer.
-PASSAGE, ANSWERED, LIMIT, SLOTS = 700, 8, 512, 128
+PASSAGE, ANSWERED, LIMIT, SLOTS = 600, 16, 512, 128
 SETTINGS = {
     "recall": ["--recall", str(SLOTS)],
     "no recall": [],
@@ -35,7 +39,7 @@ def passages(text: str) -> list[str]:
     """Passages of a text."""
     words = text.split()
     parts = [words[i : i + PASSAGE] for i in range(0, len(words) - PASSAGE, PASSAGE)]
-    return [" ".join(part) for part in parts]
+    return [GIVEN + " ".join(part) for part in parts]
 
 
 def chat(lines: list[str], options: list[str]) -> list[dict[str, str]]:
@@ -89,11 +93,11 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--tokens", type=int, default=20000)
     parser.add_argument("--model", type=Path, default=demo_model_path())
-    parser.add_argument("--policy", default="fade")
+    parser.add_argument("--policy", default="tova")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     # A word of a novel is a token and a third.
-    turns = round(args.tokens / (PASSAGE * 1.35 + ANSWERED + 20))
+    turns = round(args.tokens / (PASSAGE * 1.35 + 20))
     lines = passages(args.text.read_text(encoding="utf-8"))[:turns]
     if len(lines) < turns:
         sys.exit(f"{args.text}: {len(lines)} passages are too few for {turns}.")
@@ -107,7 +111,7 @@ def main() -> None:
         last = said[-2]
         report[name] = {
             "answer": last["answer"],
-            "answered": NAME in last["answer"],
+            "answered": NUMBER in last["answer"],
             "notes": last["notes"],
         }
         texts.append(f"$ tova-mlx chat {' '.join(others)}\n{shown(said)}\n")
