@@ -21,7 +21,7 @@ from .baselines import FULL, ROTATING
 from .bound import bandwidth, milliseconds, weights_read
 from .cases import bytes_read, caches_of, can_fill, fill
 from .decoding import BLOCK, Case, interleaved, wired
-from .reading import Job, only
+from .reading import DECODED, Job, only
 
 READ = ("prefill_tps", "peak_memory_bytes", "cache_bytes")
 Row = dict[str, Any]
@@ -105,6 +105,7 @@ class Bench:
                     if isinstance(found, int):
                         read_on(found, setting)
                     else:
+                        decoded(DECODED + 2)
                         self._add_read(setting, found)
             yield from self._rows(setting, READ)
         if to_decode:

@@ -10,7 +10,7 @@ from ..evaluation.reading import read
 from ..evaluation.results import Setting
 from .cases import caches_of
 from .decoding import decode
-from .reading import Job, random_tokens
+from .reading import DECODED, Job, random_tokens
 
 # Steps that are timed for it.
 _STEPS = 3
@@ -26,7 +26,11 @@ class Pace(NamedTuple):
     process: float
 
     def cost(self, jobs: list[Job], tokens: int, steps: int) -> int:
-        """Return the milliseconds of so much."""
+        """Return the milliseconds of so much.
+
+        tokens: read by all jobs; steps: decoded after them.
+        """
+        steps += sum(len(job.contexts) * (DECODED + 2) for job in jobs)
         own = tokens * self.token + steps * self.step
         return int(own + len(jobs) * self.process)
 
@@ -44,6 +48,5 @@ def taste(model: nn.Module, setting: Setting, step: int, loading: float) -> Pace
     step_ms = 1e3 * min(decode(model, caches, _STEPS))
     del caches
     mx.clear_cache()
-    # A process starts, loads, and goes over what it read in a few steps.
-    process = 1e3 * (2 + 2 * loading) + 10 * step_ms
-    return Pace(1e3 * times[-1] / n, step_ms, process)
+    # A process imports and loads again.
+    return Pace(1e3 * times[-1] / n, step_ms, 1e3 * (2 + loading))

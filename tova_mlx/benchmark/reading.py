@@ -17,6 +17,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import save_prompt_cache
 
+from ..caches.options import JOURNAL
 from ..evaluation.reading import read
 from ..evaluation.results import Setting
 from ..hooks.layers import leaves
@@ -24,8 +25,8 @@ from .baselines import FULL
 from .cases import caches_of, can_fill, fill
 from .decoding import decode
 
-# Decoded at each length, so that the peak is one of decoding, too.
-DECODED = 4
+# Decoded at each length: as many as fill the journal, so that caches are as they stay.
+DECODED = JOURNAL
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """tova-mlx bench: speed and memory of caches over context lengths."""
 
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ import click
 
 from ..benchmark.baselines import KEEP, ROTATING
 from ..errors import EvaluationError
+from ..models.demo import DEMO_MODELS
 from .evaluation.options import (
     check_settings,
     evaluation_options,
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from ..benchmark.reading import Job
     from ..evaluation.results import Setting
 
+_LARGER = "mlx-community/Llama-3.2-3B-Instruct-4bit"
 _POLICIES = (ROTATING, "streaming", "h2o", "tova", "fade")
 _SAME = ("model", "dtype", "prefill_step_size", "seed", "versions", "device")
 
@@ -124,9 +127,14 @@ def bench(as_json: bool, **options: Any) -> None:
     _free()
 
     def measure(advance: Any, say: Any) -> Iterator[dict[str, Any]]:
-        token_ms, step_ms, _ = pace or (0, 0, 0)
+        token_ms, step_ms, process_ms = pace or (0, 0, 0)
+
+        def read(job: "Job") -> Iterator[int | dict[str, Any]]:
+            advance(int(process_ms))
+            return _read_in_process(path, job)
+
         return measured.run(
-            partial(_read_in_process, path),
+            read,
             lambda: load(path)[0],
             lambda n, setting: advance(int(n * token_ms)),
             lambda n: advance(int(n * step_ms)),
@@ -139,7 +147,7 @@ def bench(as_json: bool, **options: Any) -> None:
         cost=cost,
         measure=measure,
         plot=plot if _can_plot() else lambda rows, path: None,
-        table=lambda rows: f"{table(rows)}\n{_larger(options['model'])}",
+        table=lambda rows: f"{table(rows)}\n{_next(options['model'])}",
     ).run(as_json=as_json)
 
 
@@ -191,13 +199,16 @@ def _can_plot() -> bool:
     return True
 
 
-def _larger(model: str | None) -> str:
+def _next(model: str | None) -> str:
     """What to type next."""
-    named = "PATH_OR_HUB_ID" if model is None else model
-    return (
-        f"A larger model, longer contexts: tova-mlx bench --model {named} "
-        "--max-kv-size 1024 --context 4096 --context 16384 --out bench-larger"
-    )
+    if model is None or model in DEMO_MODELS:
+        what = "A larger model"
+        options = f"--model {_LARGER} --context 4096 --context 16384 --out bench-3b"
+    else:
+        what = "Longer contexts"
+        named = shlex.quote(model)
+        options = f"--model {named} --context 16384 --context 32768 --out bench-long"
+    return f"{what}: tova-mlx bench --max-kv-size 1024 {options}"
 
 
 def _read_in_process(path: str, job: "Job") -> Iterator[int | dict[str, Any]]:
