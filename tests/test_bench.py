@@ -10,6 +10,8 @@ import mlx.core as mx
 import pytest
 import tiny
 from click.testing import CliRunner
+from mlx.utils import tree_flatten
+from mlx_lm.models import gemma3_text, llama, qwen3_moe
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from tova_mlx import describe
@@ -186,8 +188,6 @@ def test_ratios_are_of_medians_in_the_same_run(tmp_path, reader):
 
 
 def test_the_tied_output_is_read_and_experts_are_as_many_as_are_chosen():
-    from mlx_lm.models import llama, qwen3_moe
-
     args = {
         "model_type": "llama",
         "hidden_size": 16,
@@ -221,8 +221,6 @@ def test_the_tied_output_is_read_and_experts_are_as_many_as_are_chosen():
 
 
 def mlx_leaves(model):
-    from mlx.utils import tree_flatten
-
     return tree_flatten(model.parameters())
 
 
@@ -450,6 +448,57 @@ def test_quantised_full_is_ours_and_really_reads(tmp_path, monkeypatch):
     assert rows[packed, 48, "cache_bytes"]["caches"] == ["PolicyKVCache"]
     assert (packed, 48, "prefill_tps") in rows
     assert rows[packed, 48, "decode_ms"]["bytes_read"] > 0
+
+
+def hybrid():
+    """A tiny Gemma 3: every second layer has a window of its own."""
+    mx.random.seed(3)
+    return gemma3_text.Model(
+        gemma3_text.ModelArgs(
+            model_type="gemma3_text",
+            hidden_size=32,
+            num_hidden_layers=2,
+            intermediate_size=32,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            vocab_size=tiny.VOCABULARY,
+            sliding_window=12,
+            sliding_window_pattern=2,
+        )
+    )
+
+
+def test_a_model_whose_own_caches_differ_really_reads_with_full(tmp_path, monkeypatch):
+    model = hybrid()
+    monkeypatch.setattr(models, "load", lambda _: (model, None, "/models/hybrid"))
+    monkeypatch.setattr(command, "_read_in_process", made := Reader(model))
+
+    def press(*_, **__):
+        raise KeyboardInterrupt
+
+    more = ("--policy", "tova", "--policy", "rotating", "--read-full-up-to", "0")
+    with monkeypatch.context() as patch:
+        patch.setattr(measuring, "interleaved", press)
+        assert run(tmp_path, *more).exit_code == 130
+    # What `full` has read is in a file, too; without it, it is read again.
+    (file,) = tmp_path.glob("caches/*/full-40.safetensors")
+    file.unlink()
+    made.jobs.clear()
+    rows = rows_by_case(measured(tmp_path, *more)["rows"])
+    assert [(j.setting, j.contexts) for j in made.jobs] == [(FULL, (40,))]
+    kinds = {s.policy: rows[s, 40, "cache_bytes"]["caches"] for s, *_ in rows}
+    assert kinds == {
+        "full": ["RotatingKVCache", "KVCache"],
+        "tova": ["RotatingKVCache", "TOVACache"],
+        "rotating": ["RotatingKVCache"],
+    }
+    filled = {row["filled"] for row in rows.values() if "filled" in row}
+    assert filled == {0}
+    # One layer keeps all, or as many as it may; the other the window of the model.
+    row, other = (rows[s, 40, "decode_ms"] for s in (FULL, ROTATING))
+    assert (row["bytes_read"] - other["bytes_read"]) % TOKEN == 0
+    assert other["bytes_read"] == (12 + SIZE) * TOKEN
 
 
 @pytest.mark.parametrize(

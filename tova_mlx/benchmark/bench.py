@@ -119,8 +119,11 @@ class Bench:
         units = READ if job.reads(context) else READ[1:]
         if not all(self._row(job.setting, context, unit) for unit in units):
             return True
-        saved = job.file(context).exists() or job.setting == FULL
-        return bool(self.to_decode()) and not saved
+        if not self.to_decode() or job.file(context).exists():
+            return False
+        row = self._row(job.setting, context, "cache_bytes")
+        # Those of `full` are filled, if they can be.
+        return not (row and job.setting == FULL and row["caches"] == ["KVCache"])
 
     def _row(self, setting: Setting, context: int, unit: str) -> Row | None:
         key = {**setting._asdict(), "context": context, "unit": unit}

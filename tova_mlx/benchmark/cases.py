@@ -56,7 +56,7 @@ def tokens_of(model: nn.Module, size: Any, setting: Setting, *, context: int) ->
 
 def can_fill(caches: Iterable[Any]) -> bool:
     """Whether all layers have mlx-lm's plain caches, which `fill` can fill."""
-    return all(type(cache) is mlx_lm_cache.KVCache for cache in caches)
+    return all(type(cache) is mlx_lm_cache.KVCache for cache in leaves(caches))
 
 
 def fill(model: nn.Module, caches: list[Any], n_tokens: int) -> None:
@@ -67,7 +67,9 @@ def fill(model: nn.Module, caches: list[Any], n_tokens: int) -> None:
     if n_tokens == 0:
         return
     shapes = trace(model, mlx_lm_cache.make_prompt_cache(model))
-    for cache, shape in zip(caches, shapes, strict=True):
+    for cache, shape in zip(leaves(caches), leaves(shapes), strict=True):
+        if shape.keys is None:
+            continue
         keys, values = (
             mx.random.normal((1, a.shape[1], n_tokens, a.shape[3]), a.dtype)
             for a in (shape.keys, shape.values)

@@ -5,9 +5,10 @@ tokens, the next step's graph being built meanwhile.
 """
 
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import mlx.nn as nn
 from mlx_lm.generate import generate_step, generation_stream, wired_limit
 
 from ..evaluation.results import Setting
+from ..hooks.layers import leaves
 
 # Steps timed in a row before the next case has its turn; one before them is not timed,
 # for it waits for what is under way, and one more is under way when they end.
@@ -40,7 +42,7 @@ class Case:
     def begin(self) -> None:
         """Be at the context, if that can be."""
         if self.resets:
-            for cache in self.caches:
+            for cache in leaves(self.caches):
                 cache.offset = self.context
 
 
@@ -88,5 +90,6 @@ def interleaved(
 def wired(model: nn.Module) -> Iterator[None]:
     """Have the model wired on a Mac, as mlx-lm has it while it generates."""
     streams: Any = [generation_stream]
-    with wired_limit(model, streams):
+    # What it says of large models is no result.
+    with redirect_stdout(sys.stderr), wired_limit(model, streams):
         yield
