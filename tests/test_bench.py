@@ -231,6 +231,19 @@ def test_bandwidth_is_bytes_by_the_fastest_time(monkeypatch):
     assert bound.bandwidth() == 2**20 / 2
 
 
+def test_a_bandwidth_that_is_given_later_counts(tmp_path, reader, monkeypatch):
+    first = rows_by_case(measured(tmp_path, *POLICIES)["rows"])
+    monkeypatch.setattr(measuring.Bench, "_decode", None)
+    later = measured(tmp_path, *POLICIES, "--bandwidth", "40")["rows"]
+    for key, row in rows_by_case(later).items():
+        if key[2] == "decode_ms":
+            assert row["value"] == first[key]["value"]
+            assert row["bound_ms"] == pytest.approx(first[key]["bound_ms"] / 4)
+            assert row["ratio_to_bound"] == pytest.approx(
+                4 * first[key]["ratio_to_bound"]
+            )
+
+
 # Reading.
 
 

@@ -9,7 +9,6 @@ measured again, and the newest row of a case counts.
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
@@ -85,7 +84,7 @@ class Bench:
         self,
         read: Reader,
         load: Callable[[], nn.Module],
-        read_on: Callable[[int, Setting], Any],
+        read_on: Callable[[int], Any],
         decoded: Callable[[int], Any],
         say: Callable[..., Any],
     ) -> Iterator[Row]:
@@ -103,7 +102,7 @@ class Bench:
                 say("Reading:", setting)
                 for found in read(jobs[setting]):
                     if isinstance(found, int):
-                        read_on(found, setting)
+                        read_on(found)
                     else:
                         decoded(DECODED + 2)
                         self._add_read(setting, found)
@@ -133,7 +132,11 @@ class Bench:
     def _rows(self, setting: Setting, units: Sequence[str]) -> Iterator[Row]:
         for context in self.how.contexts:
             for unit in units:
-                if row := self._row(setting, context, unit):
+                row = self._row(setting, context, unit)
+                if row and unit == "decode_ms" and self.how.bandwidth:
+                    # Given after it was measured, maybe.
+                    row = row | _bound(row, self.how.bandwidth, "given")
+                if row:
                     yield row
 
     def _add(self, setting: Setting, context: int, unit: str, **values: Any) -> Row:
@@ -182,9 +185,16 @@ class Bench:
             for case, t in zip(cases, times, strict=True)
         }
         for case, nbytes, some in zip(cases, read, times, strict=True):
-            bound = milliseconds(weights + nbytes, speed)
-            value = 1e3 * median(some)
             low, high = _p20_p80(some)
+            values = {
+                "value": 1e3 * median(some),
+                "n": len(some),
+                "p20": 1e3 * low,
+                "p80": 1e3 * high,
+                "bytes_read": nbytes,
+                "weights_read": weights,
+            }
+            known = "given" if how.bandwidth else "measured"
             ratios = {
                 f"ratio_to_{name}": median(some) / medians[other]
                 for name, other in self._references(case)
@@ -194,16 +204,8 @@ class Bench:
                 case.setting,
                 case.context,
                 "decode_ms",
-                value=value,
-                n=len(some),
-                p20=1e3 * low,
-                p80=1e3 * high,
-                bytes_read=nbytes,
-                weights_read=weights,
-                bandwidth=speed,
-                bandwidth_is="given" if how.bandwidth else "measured",
-                bound_ms=bound,
-                ratio_to_bound=value / bound,
+                **values,
+                **_bound(values, speed, known),
                 filled=case.context if case.resets else 0,
                 **ratios,
             )
@@ -243,11 +245,6 @@ class Bench:
         if setting not in (FULL, rotating):
             yield "rotating", (rotating, context)
 
-    @property
-    def folder(self) -> Path:
-        """Where caches are that have read and not decoded."""
-        return self._folder
-
 
 def tokens_to_read(job: Job) -> int:
     """Return how many tokens a job reads, those to warm up with included."""
@@ -257,6 +254,17 @@ def tokens_to_read(job: Job) -> int:
 def steps_to_decode(cases: int, rounds: int) -> int:
     """Return how many steps so many cases take in `interleaved`."""
     return cases * (rounds + 1) * (BLOCK + 2)
+
+
+def _bound(row: Row, speed: float, known: str) -> Row:
+    """What a row of decoding says of its bound; known: "given" or "measured"."""
+    bound = milliseconds(row["bytes_read"] + row["weights_read"], speed)
+    return {
+        "bandwidth": speed,
+        "bandwidth_is": known,
+        "bound_ms": bound,
+        "ratio_to_bound": row["value"] / bound,
+    }
 
 
 def _p20_p80(times: list[float]) -> tuple[float, float]:

@@ -136,7 +136,7 @@ def bench(as_json: bool, **options: Any) -> None:
         return measured.run(
             read,
             lambda: load(path)[0],
-            lambda n, setting: advance(int(n * token_ms)),
+            lambda n: advance(int(n * token_ms)),
             lambda n: advance(int(n * step_ms)),
             say,
         )
