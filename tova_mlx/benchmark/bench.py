@@ -248,7 +248,7 @@ class Bench:
 
 def tokens_to_read(job: Job) -> int:
     """Return how many tokens a job reads, those to warm up with included."""
-    return job.tokens() + min(2 * job.step, max(job.contexts))
+    return job.tokens() + job.warm_up
 
 
 def steps_to_decode(cases: int, rounds: int) -> int:

@@ -65,6 +65,12 @@ class Job:
         """Whether so many tokens are read, and not filled in, if they can be."""
         return self.setting != FULL or context <= self.full_up_to
 
+    @property
+    def warm_up(self) -> int:
+        """How many tokens are read before, so that something is evicted."""
+        size = self.setting.max_kv_size or self.step
+        return min(size + 64, 2 * self.step, max(self.contexts))
+
     def tokens(self) -> int:
         """Return how many tokens are read, if those of `full` can be filled in."""
         read_up_to = max((c for c in self.contexts if self.reads(c)), default=0)
@@ -148,9 +154,9 @@ def random_tokens(model: nn.Module, n: int, seed: int) -> mx.array:
 
 
 def _warm_up(model: nn.Module, job: Job, tokens: mx.array) -> None:
-    """Read two steps with other caches: kernels are compiled, buffers are there."""
+    """Read a little with other caches: kernels are compiled, buffers are there."""
     caches = caches_of(model, job.setting)
-    for _ in read(model, tokens[:, : 2 * job.step], caches, job.step):
+    for _ in read(model, tokens[:, : job.warm_up], caches, job.step):
         pass
     decode(model, caches, 1)
     del caches

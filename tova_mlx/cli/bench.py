@@ -67,7 +67,7 @@ _SAME = ("model", "dtype", "prefill_step_size", "seed", "versions", "device")
 @click.option(
     "--steps",
     type=click.IntRange(min=1),
-    default=40,
+    default=30,
     show_default=True,
     help="Decode steps timed per case, rounded up to whole blocks of five.",
 )
