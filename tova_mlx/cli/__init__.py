@@ -7,6 +7,7 @@ import click
 
 from .. import __version__
 from ..errors import TovaError
+from .bench import bench
 from .chat import chat
 from .evaluation import evaluation
 from .generate import generate
@@ -48,6 +49,7 @@ def main() -> None:
     """Language models in constant memory: bounded caches for mlx-lm"""
 
 
+main.add_command(bench)
 main.add_command(chat)
 main.add_command(evaluation)
 main.add_command(generate)

@@ -23,7 +23,11 @@ _MARKS = "osD^vPX<>*hp8"
 _LINES = ("-", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 4)))
 _HATCHES = ("", "///", "...", "xxx", "---")
 # Each has the look of its place in every figure; a new policy goes to the end.
-_KNOWN = ("window", "streaming", "h2o", "tova", "vatp", "fade", "keydiff")
+_KNOWN = (
+    *("window", "streaming", "h2o", "tova", "vatp", "fade", "keydiff"),
+    # mlx-lm's own.
+    "rotating",
+)
 FULL = {"color": "#555555", "linestyle": "--", "label": "full"}
 
 Style = dict[str, Any]

@@ -33,8 +33,21 @@ class EvaluatedSize(KVSize):
         return share
 
 
-def evaluation_options(sizes: tuple[int, ...]) -> Callable[[F], F]:
-    """Model, policies, sizes (with this default), seed, where results go, `as_json`."""
+def evaluation_options(
+    sizes: tuple[int, ...],
+    policies: tuple[str, ...] = BOUNDED,
+    *,
+    others: tuple[str, ...] = (),
+    step: int = 256,
+    of_step: str = "the result does not depend on it, with --kv-bits but for what "
+    "rounding decides",
+    out: str | None = None,
+) -> Callable[[F], F]:
+    """Model, policies, sizes, step, seed, where results go, `as_json`.
+
+    sizes, policies, step, out: defaults, without `out` it has to be given; others:
+    names that count as policies beside ours; of_step: what the step decides.
+    """
 
     def decorate(command: F) -> F:
         for option in reversed(
@@ -43,9 +56,9 @@ def evaluation_options(sizes: tuple[int, ...]) -> Callable[[F], F]:
                 click.option(
                     "--policy",
                     "policies",
-                    type=click.Choice(list(POLICIES)),
+                    type=click.Choice([*POLICIES, *others]),
                     multiple=True,
-                    default=BOUNDED,
+                    default=policies,
                     show_default=True,
                     help="Which tokens are kept; may be given several times.",
                 ),
@@ -63,10 +76,9 @@ def evaluation_options(sizes: tuple[int, ...]) -> Callable[[F], F]:
                 click.option(
                     "--prefill-step-size",
                     type=click.IntRange(min=1),
-                    default=256,
+                    default=step,
                     show_default=True,
-                    help="Tokens read per step; the result does not depend on it, with "
-                    "--kv-bits but for what rounding decides.",
+                    help=f"Tokens read per step; {of_step}.",
                 ),
                 click.option(
                     "--seed",
@@ -79,7 +91,9 @@ def evaluation_options(sizes: tuple[int, ...]) -> Callable[[F], F]:
                 click.option(
                     "--out",
                     type=UserPath(path_type=Path, file_okay=False),
-                    required=True,
+                    required=out is None,
+                    default=out,
+                    show_default=out is not None,
                     help="Directory for results.jsonl and a PNG; a run that was "
                     "stopped goes on there.",
                 ),

@@ -52,11 +52,22 @@ def begin(
         common = {"text": text.stem, "text_sha256": digest}
     from ...evaluation.budgets import tokens_kept
     from ...evaluation.plots import pyplot
-    from ...evaluation.results import provenance, settings
-    from ..models import load
 
     # Before hours of work, not after them.
     pyplot()
+    model, tokenizer, _, own = load_model(options)
+    wanted = wanted_settings(options, partial(tokens_kept, model, context=context))
+    return Loaded(model, tokenizer, own | common, wanted, written)
+
+
+def load_model(options: dict[str, Any]) -> tuple[Any, Any, str, dict[str, Any]]:
+    """The model of `evaluation_options`, its tokenizer, directory, and what rows say.
+
+    Raises ModelLoadError.
+    """
+    from ...evaluation.results import provenance
+    from ..models import load
+
     model, tokenizer, path = load(options["model"])
     import mlx.core as mx
     from mlx.utils import tree_flatten
@@ -67,11 +78,21 @@ def begin(
     common = {
         **provenance(path, dtype, options["seed"]),
         "prefill_step_size": options["prefill_step_size"],
-        **common,
     }
-    tokens = partial(tokens_kept, model, context=context)
+    return model, tokenizer, path, common
+
+
+def wanted_settings(
+    options: dict[str, Any], tokens: "Callable[[Any, Setting], int]"
+) -> "list[Setting]":
+    """The settings of `evaluation_options`; tokens: how many a size is in a setting.
+
+    Raises UsageError.
+    """
+    from ...evaluation.results import settings
+
     try:
-        wanted = settings(
+        return settings(
             options["policies"],
             options["sizes"],
             quantised(options),
@@ -80,7 +101,6 @@ def begin(
         )
     except OptionError as error:
         raise click.UsageError(in_options(str(error))) from error
-    return Loaded(model, tokenizer, common, wanted, written)
 
 
 def first_ids(tokenizer: Any, text: str, n_tokens: int) -> list[int]:
@@ -97,7 +117,7 @@ class Evaluation:
     Args:
         name: of the figure.
         results: where the rows go.
-        cost: what is to be done, in the unit of progress.
+        cost: what is to be done, in `unit`s.
         measure: gives what is there and what is measured in order, from functions to
             advance the bar and to say what is being done.
         plot: draws all that there is into a file; None if there is nothing to draw.
@@ -114,6 +134,7 @@ class Evaluation:
     to_json: Callable[[list[Any]], dict[str, Any]] = field(
         default=lambda rows: {"rows": rows}
     )
+    unit: str = "tokens"
 
     def run(self, *, as_json: bool) -> None:
         """Measure what is missing, draw as it goes on, and print all at the end."""
@@ -122,7 +143,7 @@ class Evaluation:
         figure = self.results.directory / f"{self.name}.png"
         drawn = time.monotonic()
         try:
-            with Bar(self.cost) as bar:
+            with Bar(self.cost, unit=self.unit) as bar:
                 for result in self.measure(bar.advance, bar.say):
                     done.append(result)
                     if time.monotonic() - drawn > _REDRAWN:
