@@ -22,7 +22,7 @@ from typing import Any
 from common import load_demo_model, provenance, read_losses
 
 from tova_mlx import make_prompt_cache
-from tova_mlx.evaluation.plots import new_figure
+from tova_mlx.evaluation.plots import new_figure, save
 from tova_mlx.models.rotary import trained_range
 
 STRETCH, STEP = 2048, 512
@@ -66,7 +66,7 @@ def draw(rows: list[dict[str, Any]], trained: int | None, path: Path) -> None:
         if trained is not None:
             ax.axvline(trained, color="#999999", linestyle=":")
         ax.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def main() -> None:

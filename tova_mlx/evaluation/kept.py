@@ -34,7 +34,16 @@ from ..errors import EvaluationError
 from ..hooks.layers import leaves
 from ..policies import POLICIES
 from .kinds import ENOUGH, KINDS
-from .plots import Style, bar_style, legend_below, line_of, new_figure, save, styles
+from .plots import (
+    Style,
+    bar_style,
+    full_style,
+    legend_below,
+    line_of,
+    new_figure,
+    save,
+    styles,
+)
 from .reading import Progress, new_cache, read
 from .results import Results, Setting
 from .statistics import mean_survival, mean_with_error
@@ -322,7 +331,7 @@ def _plot_lifetimes(
         )
         for bar, n in zip(bars, counts.values(), strict=True):
             bar.set_alpha(1 if n >= ENOUGH else 0.3)
-    axes.axhline(1, color="#555555", linestyle="--", linewidth=1)
+    axes.axhline(1, color=full_style()["color"], linestyle="--", linewidth=1)
     names = [f"{k.replace(' ', chr(10))}\n({n})" for k, n in counts.items()]
     axes.set_xticks(range(len(counts)), names)
     few = f"; pale: fewer than {ENOUGH}" if min(counts.values()) < ENOUGH else ""

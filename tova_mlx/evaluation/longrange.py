@@ -24,7 +24,15 @@ import mlx.nn as nn
 import numpy as np
 
 from .answers import Answers
-from .plots import FULL, Style, draw_by_size, legend_below, new_figure, save, styles
+from .plots import (
+    Style,
+    draw_by_size,
+    full_style,
+    legend_below,
+    new_figure,
+    save,
+    styles,
+)
 from .prompts import Prompt
 from .reading import Progress, answer, filled
 from .results import Results, Setting, missing
@@ -273,7 +281,7 @@ def _panel(axes: Any, rows: Rows, looks: Mapping[str, Style]) -> None:
         if row["policy"] == "full":
             error = row["stderr"] or 0
             band = (row["value"] - error, row["value"] + error)
-            axes.axhspan(*band, color=FULL["color"], alpha=0.12, linewidth=0)
+            axes.axhspan(*band, color=full_style()["color"], alpha=0.12, linewidth=0)
     # Side by side, or the bars of one size would cover each other.
     sizes = draw_by_size(axes, rows, looks, apart=0.08)
     if sizes:

@@ -20,9 +20,9 @@ import numpy.typing as npt
 from ..errors import EvaluationError
 from .budgets import cache_bytes
 from .plots import (
-    FULL,
     Style,
     draw_by_size,
+    full_style,
     legend_below,
     line_of,
     new_figure,
@@ -189,7 +189,7 @@ def _draw_changes(
     axes: Any, changes: list[dict[str, Any]], looks: Mapping[str, Style]
 ) -> None:
     draw_by_size(axes, changes, looks, apart=0.03)
-    axes.axhline(0, **FULL)
+    axes.axhline(0, **full_style())
     # The better half of the lines in full: the worst would flatten them.
     worst: dict[str, float] = {}
     for row in changes:

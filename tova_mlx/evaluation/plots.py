@@ -3,7 +3,8 @@
 Colours: Okabe and Ito, "Color Universal Design" (2008).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,15 @@ _KNOWN = (
     # mlx-lm's own.
     "rotating",
 )
-FULL = {"color": "#555555", "linestyle": "--", "label": "full"}
+# Background, text and lines of a dark page.
+_PAGE, _INK, _LINE = "#0d1117", "#e6edf3", "#57606a"
+_DARK = {
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), _PAGE),
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor"), _INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), _INK),
+    **dict.fromkeys(("axes.edgecolor", "grid.color", "legend.edgecolor"), _LINE),
+    "legend.facecolor": _PAGE,
+}
 
 Style = dict[str, Any]
 
@@ -46,6 +55,27 @@ def pyplot() -> Any:
     from matplotlib import pyplot as module
 
     return module
+
+
+@contextmanager
+def on_dark() -> Iterator[None]:
+    """Draw figures for a dark page while the block runs."""
+    with pyplot().rc_context(_DARK):
+        yield
+
+
+def is_dark() -> bool:
+    """Whether figures are drawn for a dark page."""
+    return pyplot().rcParams["figure.facecolor"] == _PAGE
+
+
+def full_style() -> Style:
+    """Colour, line and name of `full`, and of what stands for it."""
+    return {
+        "color": "#b0b8c0" if is_dark() else "#555555",
+        "linestyle": "--",
+        "label": "full",
+    }
 
 
 def new_figure(width: float = 7, height: float = 4.5, **how: Any) -> tuple[Any, Any]:
@@ -75,11 +105,13 @@ def styles(rows: Iterable[dict[str, Any]]) -> dict[str, Style]:
     for setting in settings:
         storage = storages[setting[2:]]
         if setting.policy == "full":
-            look = {**FULL, "linestyle": "--" if not storage else (0, (storage, 2))}
+            look = full_style()
+            if storage:
+                look["linestyle"] = (0, (storage, 2))
         else:
             place = places[setting.policy]
             look = {
-                "color": _COLOURS[place % len(_COLOURS)],
+                "color": _colour(place),
                 "marker": _MARKS[place % len(_MARKS)],
                 "linestyle": _LINES[(place // len(_COLOURS) + storage) % len(_LINES)],
             }
@@ -87,6 +119,11 @@ def styles(rows: Iterable[dict[str, Any]]) -> dict[str, Style]:
                 look["markerfacecolor"] = "none"
         found[str(setting)] = {**look, "label": str(setting)}
     return found
+
+
+def _colour(place: int) -> str:
+    colour = _COLOURS[place % len(_COLOURS)]
+    return _INK if is_dark() and colour == "#000000" else colour
 
 
 def bar_style(look: Style) -> Style:
