@@ -91,6 +91,9 @@ def _with_recalled(
     windows, slots.recall = slots.recall.read_by(scaled, slots.keys.shape[1])
     if windows is None:
         return args
+    if slots.observer.wants_recalled:
+        steps = range(slots.offset - queries.shape[2], slots.offset)
+        slots.observer.recalled(steps, windows.rows.positions)
     return args._replace(recalled=attend_to_windows(scaled, windows))
 
 
