@@ -19,6 +19,8 @@ if TYPE_CHECKING:
         TovaError,
         UnsupportedModelError,
     )
+    from .inspection.record import Inspection
+    from .inspection.recording import inspect
     from .models.conversion import convert, make_prompt_cache, revert
     from .models.report import Report, describe
     from .models.saved import load_prompt_cache, save_prompt_cache
@@ -39,6 +41,8 @@ _HOMES = {
         "TovaError",
         "UnsupportedModelError",
     ),
+    "inspection.record": ("Inspection",),
+    "inspection.recording": ("inspect",),
     "models.conversion": ("convert", "make_prompt_cache", "revert"),
     "models.report": ("Report", "describe"),
     "models.saved": ("load_prompt_cache", "save_prompt_cache"),
@@ -51,6 +55,7 @@ __all__ = [
     "ArchiveOptions",
     "CacheStateError",
     "EvaluationError",
+    "Inspection",
     "ModelLoadError",
     "OptionError",
     "Policy",
@@ -62,6 +67,7 @@ __all__ = [
     "UnsupportedModelError",
     "convert",
     "describe",
+    "inspect",
     "load_prompt_cache",
     "make_prompt_cache",
     "observe_evictions",
