@@ -97,7 +97,7 @@ class Record:
     def label(self) -> str:
         """The setting in a few words."""
         size = "" if self.max_kv_size is None else f" {self.max_kv_size:,}"
-        others = (f"{name}={value}" for name, value in self.options.items())
+        others = (f"{k.replace('_', ' ')} {v}" for k, v in self.options.items())
         return ", ".join([f"{self.policy}{size}", *others])
 
     def share_held(self) -> Floats:

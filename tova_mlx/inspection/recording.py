@@ -64,7 +64,7 @@ def inspect(
             f"inspect: policy={policies!r} is not one policy, or two different ones "
             "to be seen side by side. Name one or two."
         )
-    ids = _ids(tokenizer, text, max_tokens)
+    ids = encode(tokenizer, text, max_tokens)
     n = len(ids) if max_tokens is None else min(len(ids), max_tokens)
     if not n:
         raise PromptError("The text has no tokens. Give at least one word.")
@@ -83,7 +83,9 @@ def inspect(
     return Inspection(name, tuple(ids[:n]), pieces, tuple(records))
 
 
-def _ids(tokenizer: Any, text: str | Sequence[int], n: int | None) -> list[int]:
+def encode(
+    tokenizer: Any, text: str | Sequence[int], n: int | None = None
+) -> list[int]:
     """The tokens of a text; of a long one those wanted, and a few after them."""
     if not isinstance(text, str):
         return [int(i) for i in text]

@@ -1,10 +1,8 @@
 """What every evaluation does: load, measure with a bar, draw, print."""
 
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
@@ -16,6 +14,7 @@ import click
 from ...errors import OptionError
 from ...evaluation.lines import read_text
 from ..options import in_options
+from ..progress import progress_bar
 from .options import check_settings, quantised
 
 if TYPE_CHECKING:
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
 
 # Seconds between figures of a run that is not done.
 _REDRAWN = 30
-# What is said beside the bar, in characters: a task and a setting.
-_WIDTH = 24
 
 
 class Loaded(NamedTuple):
@@ -125,7 +122,7 @@ class Evaluation:
         figure = self.results.directory / f"{self.name}.png"
         drawn = time.monotonic()
         try:
-            with _progress(self.cost) as (advance, say):
+            with progress_bar(self.cost) as (advance, say):
                 for result in self.measure(advance, say):
                     done.append(result)
                     if time.monotonic() - drawn > _REDRAWN:
@@ -140,17 +137,3 @@ class Evaluation:
             click.echo(json.dumps({**self.to_json(done), **files}))
         else:
             click.echo(self.table(done))
-
-
-@contextmanager
-def _progress(
-    length: int,
-) -> Iterator[tuple[Callable[[int], None], Callable[..., None]]]:
-    """Show a bar with an ETA on stderr: functions to advance it and to say more."""
-    label = f"{'Reading':{_WIDTH}}"
-    with click.progressbar(length=length, file=sys.stderr, label=label) as bar:
-
-        def say(*what: Any) -> None:
-            bar.label = f"{' '.join(map(str, what)):{_WIDTH}}"
-
-        yield bar.update, say
