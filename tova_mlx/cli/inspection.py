@@ -118,7 +118,9 @@ def inspect(
     else:
         assert out is not None
         click.echo(_table(found))
-        click.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB, open it in a browser")
+        size = out.stat().st_size
+        told = f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size // 1000} kB"
+        click.echo(f"{out}: {told}, open it in a browser")
 
 
 def _settings(

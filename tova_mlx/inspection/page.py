@@ -9,7 +9,6 @@ import json
 import os
 import tempfile
 from base64 import b64encode
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,17 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import EvaluationError
-from .record import Inspection, Record
+from ..storage.archive import BLOCK
+from .record import Inspection, Recalled, Record
 
+_PAGE = Path(__file__).with_name("page.html")
 _SHORT = 2**16 - 1
 _GREATEST = float(np.finfo(np.float16).max)
 
 
 def html(inspection: Inspection) -> str:
     """Return the page's text."""
-    page = resources.files(__package__).joinpath("page.html").read_text("utf-8")
+    page = _PAGE.read_text("utf-8")
     text = json.dumps(_data(inspection), ensure_ascii=False, separators=(",", ":"))
     # A text may say </script>, or begin a comment of HTML.
     safe = text.replace("<", "\\u003c")
@@ -59,6 +60,7 @@ def _data(inspection: Inspection) -> dict[str, Any]:
     return {
         "model": inspection.model,
         "n": n,
+        "block": BLOCK,
         "wide": n >= _SHORT,
         "pieces": inspection.pieces.texts,
         # Of how many tokens a piece is, where it is more than one.
@@ -80,6 +82,7 @@ def _setting(record: Record, n: int) -> dict[str, Any]:
             )
             for name in ("first", "last", "times")
         }
+        recall |= _blocks([layer.recalled for layer in layers])
     return {
         "label": record.label,
         "policy": record.policy,
@@ -97,6 +100,21 @@ def _recalled(recalled: Any, name: str, n: int) -> npt.NDArray[np.int32]:
         return np.full(n, 0 if name == "times" else n, np.int32)
     values = getattr(recalled, name)
     return np.where(values < 0, n, values)
+
+
+def _blocks(layers: list[Recalled | None]) -> dict[str, Any]:
+    """What each token could read in each layer, `width` numbers for a token."""
+    there = [layer.blocks for layer in layers if layer is not None]
+    width = max(blocks.shape[1] for blocks in there)
+    whole = np.full((len(layers), len(there[0]), width), -1, np.int32)
+    for place, layer in zip(whole, layers, strict=True):
+        if layer is not None:
+            place[:, : layer.blocks.shape[1]] = layer.blocks
+    dtype = np.uint8 if whole.max(initial=0) < 2**8 - 1 else np.uint16
+    # None is the greatest number that there is.
+    none = np.iinfo(dtype).max
+    blocks = _coded(np.where(whole < 0, none, whole), dtype)
+    return {"blocks": blocks, "width": width, "short": dtype is np.uint8}
 
 
 def _scores(record: Record) -> str | None:

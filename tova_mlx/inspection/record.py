@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import OptionError
+from ..storage.archive import BLOCK
 from .pieces import Pieces
 
 Ints = npt.NDArray[np.int32]
@@ -24,15 +25,18 @@ MOST_SETTINGS = 2
 
 @dataclass(frozen=True)
 class Recalled:
-    """What came back in one layer, for any of its KV heads; int32 [T] each.
+    """What came back in one layer, for any of its KV heads; int32.
 
-    times: how many tokens could read each token again; first, last: the steps at which
-    it came back first and last, -1 if it never did.
+    times: [T], how many tokens could read each token again; first, last: [T], the steps
+    at which it came back first and last, -1 if it never did; blocks: [T, m], of which
+    blocks of `BLOCK` neighbours each token could read what was evicted, ascending, then
+    -1: block b has the tokens from b * BLOCK on.
     """
 
     times: Ints
     first: Ints
     last: Ints
+    blocks: Ints
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,10 @@ class LayerRecord:
                 "times": self.recalled.times.tolist(),
                 "first": [None if s < 0 else s for s in self.recalled.first.tolist()],
                 "last": [None if s < 0 else s for s in self.recalled.last.tolist()],
+                "blocks": [
+                    [b for b in read if b >= 0]
+                    for read in self.recalled.blocks.tolist()
+                ],
             }
         return {
             "layer": self.layer,
@@ -158,6 +166,7 @@ class Inspection:
             "pieces": list(self.pieces.texts),
             "piece_of": list(self.pieces.piece_of),
             "special": sorted(self.pieces.special),
+            "recalled_block": BLOCK,
             "settings": [record.to_dict() for record in self.records],
         }
 

@@ -17,6 +17,7 @@ from ..errors import OptionError, PromptError, UnsupportedModelError
 from ..evaluation.reading import Progress, read
 from ..hooks.layers import leaves
 from ..models.conversion import make_prompt_cache
+from ..storage.archive import BLOCK
 from .pieces import AHEAD, Pieces
 from .record import MOST_SETTINGS, Inspection, LayerRecord, Recalled, Record
 
@@ -91,7 +92,7 @@ def encode(
         return [int(i) for i in text]
     if n is not None:
         text = text[: _CHARACTERS * (n + AHEAD)]
-    return list(tokenizer.encode(text))
+    return list(tokenizer.encode(text, verbose=False))
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -171,7 +172,9 @@ class _Notes:
         self._n = n
         self._evicted: Any = None
         self._scores: Any = None
-        self._back: Recalled | None = None
+        self._times = np.zeros(n, np.int32)
+        self._first, self._last = np.full((2, n), -1, np.int32)
+        self._blocks: list[tuple[Any, Any]] = []
 
     def evicted(self, steps: Any, positions: mx.array, *scores: mx.array) -> None:
         """Note what was evicted after steps [n]; positions, scores: [1, H', n]."""
@@ -192,20 +195,30 @@ class _Notes:
         rows = np.broadcast_to(np.arange(len(steps))[None, :, None], places.shape)
         there = places >= 0
         # A token that several heads read came back once.
-        read = np.zeros((len(steps), self._n), np.bool_)
+        read = np.zeros((len(steps), self._n + -self._n % BLOCK), np.bool_)
         read[rows[there], places[there]] = True
-        if self._back is None:
-            none = np.full(self._n, -1, np.int32)
-            self._back = Recalled(np.zeros(self._n, np.int32), none, none.copy())
-        back, found = self._back, np.flatnonzero(read.any(axis=0))
-        back.times[found] += read[:, found].sum(axis=0, dtype=np.int32)
-        new = found[back.first[found] < 0]
-        back.first[new] = steps[read[:, new].argmax(axis=0)]
-        back.last[found] = steps[len(steps) - 1 - read[::-1, found].argmax(axis=0)]
+        found = np.flatnonzero(read.any(axis=0))
+        self._times[found] += read[:, found].sum(axis=0, dtype=np.int32)
+        new = found[self._first[found] < 0]
+        self._first[new] = steps[read[:, new].argmax(axis=0)]
+        self._last[found] = steps[len(steps) - 1 - read[::-1, found].argmax(axis=0)]
+        row, block = np.nonzero(read.reshape(len(steps), -1, BLOCK).any(axis=2))
+        self._blocks.append((steps[row], block))
 
     def record(self, layer: int, heads: int) -> LayerRecord:
         """All of it; heads: how many, if nothing was evicted."""
         evicted = self._evicted
         if evicted is None:
             evicted = np.full((heads, self._n), self._n, np.int32)
-        return LayerRecord(layer, evicted, self._scores, self._back)
+        return LayerRecord(layer, evicted, self._scores, self._recalled())
+
+    def _recalled(self) -> Recalled | None:
+        if not self._blocks:
+            return None
+        step, block = (np.concatenate(a) for a in zip(*self._blocks, strict=True))
+        counts = np.bincount(step, minlength=self._n)
+        blocks = np.full((self._n, counts.max(initial=0)), -1, np.int32)
+        # In order of step, and of block in each: how many of the step come before.
+        before = np.cumsum(counts) - counts
+        blocks[step, np.arange(len(step)) - before[step]] = block
+        return Recalled(self._times, self._first, self._last, blocks)
