@@ -89,7 +89,8 @@ def inspect(
     ids = encode(tokenizer, words, options["tokens"])
     n = min(len(ids), options["tokens"])
     found: Inspection | None = None
-    with progress_bar(n * len(settings)) as (advance, say):
+    cost = n * len(settings)
+    with progress_bar(cost, silent_in_pipe=True) as (advance, say):
         for setting in settings:
             say(setting["policy"])
             read = inspect(
