@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from itertools import pairwise
 
 import mlx.core as mx
@@ -709,6 +710,8 @@ def test_what_came_back_is_marked(open_page, wide, options):
     for n in (300, 261, 130, 100):
         shown.go(n)
         assert shown.marked("r") == sorted(set().union(*back[n - 1])), n
+        counts = Counter(p for layer in back[n - 1] for p in layer)
+        assert shown.marked("rr") == sorted(p for p, k in counts.items() if k > 1), n
     shown.page.get_by_label("Layer 2").focus()
     shown.page.keyboard.press("Enter")
     shown.go(300)
