@@ -80,7 +80,7 @@ def main() -> None:
 def _recording(
     model: Any, tokenizer: Any, ids: list[int], policy: str, rounds: int
 ) -> dict[str, Any]:
-    """Seconds of each way to read, and the medians of their ratios to nobody looking."""
+    """Seconds of each way to read, and the median ratios to nobody looking."""
 
     def plain(watch: Callable[[list[Any]], Any] | None = None) -> None:
         caches = make_prompt_cache(model, SIZE, policy=policy, journal=0)
