@@ -11,6 +11,7 @@ the page's thread alone. The last line is JSON.
 """
 
 import argparse
+import os
 import shutil
 import statistics
 import tempfile
@@ -125,35 +126,41 @@ def _page(found: Inspection) -> dict[str, Any]:
         browser = playwright.chromium.launch(
             executable_path=chromium, args=["--no-sandbox"]
         )
-        ready = []
-        for _ in range(5):
+        ready, ready_cpu = [], []
+        for _ in range(7):
             page = browser.new_page(viewport={"width": 1440, "height": 900})
+            session = page.context.new_cdp_session(page)
+            session.send("Performance.enable", {"timeDomain": "threadTicks"})
             page.goto(path.as_uri())
             page.wait_for_selector("html[data-ready]")
             ready.append(page.evaluate("+document.documentElement.dataset.ready"))
-        session = page.context.new_cdp_session(page)
-        session.send("Performance.enable", {"timeDomain": "threadTicks"})
-
-        def cpu() -> float:
-            metrics = session.send("Performance.getMetrics")["metrics"]
-            return next(m["value"] for m in metrics if m["name"] == "TaskDuration")
-
+            ready_cpu.append(1000 * _cpu_seconds(session))
         row: dict[str, Any] = {
             "bytes": path.stat().st_size,
             "ready_ms": sorted(ready),
+            "ready_cpu_ms": sorted(ready_cpu),
+            "load_average": os.getloadavg()[0],
             "browser": browser.version,
         }
         for name, shares in (("jump", JUMPS), ("move", STEPS)):
             page.evaluate(FRAME, shares)
-            before = cpu()
+            before = _cpu_seconds(session)
             seen = sorted(page.evaluate(FRAME, shares))
             row[name] = {
                 "frame_ms_median": statistics.median(seen),
                 "frame_ms_p90": seen[int(0.9 * len(seen))],
-                "cpu_ms_per_frame": 1000 * (cpu() - before) / len(shares),
+                "cpu_ms_per_frame": 1000
+                * (_cpu_seconds(session) - before)
+                / len(shares),
             }
         browser.close()
     return row
+
+
+def _cpu_seconds(session: Any) -> float:
+    """CPU time of the page's main thread so far."""
+    metrics = session.send("Performance.getMetrics")["metrics"]
+    return next(m["value"] for m in metrics if m["name"] == "TaskDuration")
 
 
 if __name__ == "__main__":
