@@ -5,19 +5,23 @@ put into it in base64, steps in 16 bits where they fit (else 32), scores rounded
 bits (three digits).
 """
 
+from __future__ import annotations
+
 import json
 import os
 import tempfile
 from base64 import b64encode
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import EvaluationError
 from ..storage.archive import BLOCK
-from .record import Inspection, Recalled, Record
+
+if TYPE_CHECKING:
+    from .record import Inspection, Recalled, Record
 
 _PAGE = Path(__file__).with_name("page.html")
 _SHORT = 2**16 - 1

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from ..errors import OptionError
 from ..storage.archive import BLOCK
+from .page import html, write
 from .pieces import Pieces
 
 Ints = npt.NDArray[np.int32]
@@ -172,8 +173,6 @@ class Inspection:
 
     def to_html(self) -> str:
         """One page that needs nothing else: no network, no other files."""
-        from .page import html
-
         return html(self)
 
     def save(self, path: str | Path) -> Path:
@@ -181,6 +180,4 @@ class Inspection:
 
         Raises EvaluationError if it cannot be written; what was there stays.
         """
-        from .page import write
-
         return write(self, Path(path))
