@@ -33,7 +33,7 @@ def html(inspection: Inspection) -> str:
     page = _PAGE.read_text("utf-8")
     text = json.dumps(_data(inspection), ensure_ascii=False, separators=(",", ":"))
     # A text may say </script>, or begin a comment of HTML.
-    safe = text
+    safe = text.replace("<", "\\u003c")
     # Half of a surrogate pair has no place in a file.
     safe = safe.encode("utf-8", "replace").decode()
     head, tail = page.split("__DATA__")

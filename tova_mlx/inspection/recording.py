@@ -201,7 +201,7 @@ class _Notes:
         self._times[found] += read[:, found].sum(axis=0, dtype=np.int32)
         new = found[self._first[found] < 0]
         self._first[new] = steps[read[:, new].argmax(axis=0)]
-        self._last[found] = steps[read[:, found].argmax(axis=0)]
+        self._last[found] = steps[len(steps) - 1 - read[::-1, found].argmax(axis=0)]
         row, block = np.nonzero(read.reshape(len(steps), -1, BLOCK).any(axis=2))
         self._blocks.append((steps[row], block))
 
