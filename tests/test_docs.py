@@ -80,6 +80,15 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(target), link
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_pictures_are_there_and_described(page):
+    text = page.read_text(encoding="utf-8")
+    for picture in re.findall(r'\b(?:src|srcset)="([^"]+)"', text):
+        assert (page.parent / picture).exists(), picture
+    for image in re.findall(r"<img [^>]*>", text):
+        assert re.search(r'alt="[^"]{20,}"', image)
+
+
 def test_every_page_is_listed():
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     for page in ROOT.glob("docs/*.md"):

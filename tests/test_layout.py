@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "tova_mlx"
 FLOORS = (
     *("errors", "tables", "progress", "policies", "storage", "eviction", "attention"),
-    *("hooks", "caches", "models", "evaluation", "benchmark", "cli"),
+    *("hooks", "caches", "models", "evaluation", "inspection", "benchmark", "cli"),
 )
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE)
 

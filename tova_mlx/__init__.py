@@ -19,6 +19,8 @@ if TYPE_CHECKING:
         TovaError,
         UnsupportedModelError,
     )
+    from .inspection.record import Inspection
+    from .inspection.recording import inspect
     from .models.conversation import Conversation, Recalled
     from .models.conversion import convert, make_prompt_cache, revert
     from .models.report import Report, describe
@@ -40,6 +42,8 @@ _HOMES = {
         "TovaError",
         "UnsupportedModelError",
     ),
+    "inspection.record": ("Inspection",),
+    "inspection.recording": ("inspect",),
     "models.conversation": ("Conversation", "Recalled"),
     "models.conversion": ("convert", "make_prompt_cache", "revert"),
     "models.report": ("Report", "describe"),
@@ -54,6 +58,7 @@ __all__ = [
     "CacheStateError",
     "Conversation",
     "EvaluationError",
+    "Inspection",
     "ModelLoadError",
     "OptionError",
     "Policy",
@@ -66,6 +71,7 @@ __all__ = [
     "UnsupportedModelError",
     "convert",
     "describe",
+    "inspect",
     "load_prompt_cache",
     "make_prompt_cache",
     "observe_evictions",

@@ -24,14 +24,16 @@ class BlockResult(NamedTuple):
     """Output [B, n_heads, L, head_dim], and what became of the columns.
 
     kept: int32 [B, H', n], the columns still held, and their scores; evicted: columns
-    [B, H', n] in order of step; scores_before: the scores [B, H', n] of those held
-    before each of the last steps, in order of position (rules with memory).
+    [B, H', n] in order of step, and the scores that they were evicted with, if an
+    observer wants them; scores_before: the scores [B, H', n] of those held before each
+    of the last steps, in order of position (rules with memory).
     """
 
     output: mx.array
     kept: mx.array
     scores: mx.array
     evicted: mx.array
+    evicted_scores: mx.array | None
     scores_before: list[mx.array]
     blocks: list["Block"]
 
@@ -102,7 +104,7 @@ def attend_block(
     n_held, heads = keys.shape[2] - length, slots.positions.shape[1]
     held = position_range(batch, heads, 0, n_held)
     scores = mx.zeros(held.shape) if slots.scores is None else slots.scores
-    outputs, evicted, scores_before, blocks = [], [], [], []
+    outputs, evicted, worth, scores_before, blocks = [], [], [], [], []
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
         own = position_range(batch, heads, n_held + start, stop - start)
@@ -121,7 +123,10 @@ def attend_block(
             n_kept = tokens_held(n_kept, slots.rule.max_size)
         kept = steps.held_after(n_kept)
         if slots.logs and n_kept < columns.shape[2]:
-            evicted.append(_take(columns, steps.evicted(columns.shape[2] - n_kept)))
+            gone = steps.evicted(columns.shape[2] - n_kept)
+            evicted.append(_take(columns, gone))
+            if steps.at_eviction is not None:
+                worth.append(_take(steps.at_eviction, gone))
         scores_before += steps.scores_before(slots.rule.max_size)
         held, scores = _take(columns, kept), _take(steps.scores, kept)
         blocks.append(block._replace(visible=steps.visible()))
@@ -131,6 +136,7 @@ def attend_block(
         held,
         scores,
         mx.concatenate(evicted, axis=2) if evicted else held[..., :0],
+        mx.concatenate(worth, axis=2) if worth else None,
         scores_before,
         blocks,
     )
@@ -182,7 +188,9 @@ class _Steps:
         shape = block.columns.shape
         self.length, self.n_held = block.length, shape[2] - block.length
         self.last, self.scores = scan.last.reshape(shape), scan.scores.reshape(shape)
-        self._before = scan.before
+        self._before, self.at_eviction = scan.before, None
+        if scan.at_eviction is not None:
+            self.at_eviction = scan.at_eviction.reshape(shape)
 
     def held_after(self, n: int) -> mx.array:
         """Return the n columns held after the last step [B, H', n], ascending."""
@@ -227,9 +235,12 @@ def _scan(
     rule, length, norms = slots.rule, block.length, slots.value_norms
     limit = None if once else rule.max_size
     positions = _take(slots.positions, block.columns)
+    wanted = slots.observer.wants_scores
     if rule.score is not None:
         stored = block.cut(slots.keys_to_read), block.cut(slots.values)
-        return scored_scan(*stored, positions, rule, limit=limit, length=length)
+        return scored_scan(
+            *stored, positions, rule, limit=limit, length=length, at_eviction=wanted
+        )
     return scan_block(
         masked_logits(cut.queries, cut.keys, cut.args),
         Columns(
@@ -241,6 +252,7 @@ def _scan(
         limit=limit,
         n_before=min(length, max(0, n_before)) if rule.memory else 0,
         sinks=cut.args.sinks,
+        at_eviction=wanted,
     )
 
 

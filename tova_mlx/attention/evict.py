@@ -47,12 +47,12 @@ def attend_and_evict(
     n, rule = keys.shape[2], slots.rule
     norms = first_slots(slots.value_norms, n)
     scores = first_slots(slots.scores, n)
-    victim = None
+    victim, worth = None, None
     if rule.score is not None:
         output, _ = attend_newest(queries, keys, values, args)
         if slots.evicted:
             assert slots.positions is not None
-            victim = scored_step(
+            victim, worth = scored_step(
                 first_slots(slots.keys_to_read, n),
                 first_slots(slots.values, n),
                 first_slots(slots.positions, n),
@@ -78,13 +78,15 @@ def attend_and_evict(
             sinks=args.sinks,
         )
         slots.remember(scores)
+        worth = scores
     else:
         output, weights = attend_newest(queries, keys, values, args)
         there = slots.positions if slots.evicted else None
         scores, victim = step_on_cpu(weights, there, scores, norms, slots.newest, rule)
         slots.remember(scores)
+        worth = scores
     if victim is not None:
-        slots.mark(victim)
+        slots.mark(victim, worth)
     else:
         slots.victim = None
     return slots.tied(output)
@@ -103,7 +105,7 @@ def attend_and_keep(
     result = attend_block(queries, keys, values, args, slots, once=once)
     if once and slots.evicted:
         slots.journal = slots.journal.empty()
-    slots.log_evicted(result.evicted, once=once)
+    slots.log_evicted(result.evicted, once=once, scores=result.evicted_scores)
     slots.keep(result.kept)
     slots.remember(result.scores)
     first = slots.offset - len(result.scores_before)

@@ -55,8 +55,8 @@ def recall(
     """Attend to the n archived rows that each query attends to most.
 
     queries: [B, n_heads, L, head_dim], scaled; n: a multiple of 16. Those of one token
-    in the heads of a KV head choose together. Returns the positions that the newest
-    token read, too: int32 [B, n_kv_heads, n], -1 where there was none.
+    in the heads of a KV head choose together. Returns the positions that each read,
+    too, whether the archive has a row there or not: int32 [B, n_kv_heads, L, n].
     """
     batch, n_heads, length, width = queries.shape
     heads = archive.n_kv_heads
@@ -73,13 +73,14 @@ def recall(
     best = mx.concatenate([one.best for one in seen], axis=-1)
     # In order of position: what is added up is the same for any order.
     blocks = mx.sort(mx.argpartition(-best, n // BLOCK - 1)[..., : n // BLOCK])
+    columns = blocks[..., None] * BLOCK + mx.arange(BLOCK)
+    columns = columns.flatten(3, 4).astype(mx.int32)
     if whole:
         output, lse = _read_whole(archive, seen, blocks)
     else:
-        output, lse = _read_rows(asked, archive, _columns(blocks))
-    newest = archive.positions(_columns(blocks[:, :, -1:])[:, :, 0])
+        output, lse = _read_rows(asked, archive, columns)
     outputs = (a.reshape(batch, n_heads, length, -1) for a in (output, lse, total))
-    return Recalled(*outputs), newest
+    return Recalled(*outputs), columns
 
 
 class _Seen(NamedTuple):
@@ -119,12 +120,6 @@ def _exponentials(logits: mx.array, top: mx.array) -> mx.array:
     result = np.array(logits - top)
     np.exp(result, out=result)
     return mx.array(result)
-
-
-def _columns(blocks: mx.array) -> mx.array:
-    """Positions [B, n_kv_heads, L, n] of blocks."""
-    columns = blocks[..., None] * BLOCK + mx.arange(BLOCK)
-    return columns.reshape(*blocks.shape[:3], -1).astype(mx.int32)
 
 
 def _read_whole(

@@ -90,8 +90,13 @@ def _with_recalled(
     if known is None or not known.archive.count:
         return args
     archive = known.archive.synced()
-    recalled, read = recall(queries * args.scale, archive, known.slots)
+    recalled, columns = recall(queries * args.scale, archive, known.slots)
+    read = archive.positions(columns[:, :, -1])
     slots.recall = replace(known, archive=archive, read=read)
+    if slots.observer.wants_recalled:
+        steps = range(slots.offset - queries.shape[2], slots.offset)
+        positions = archive.positions(columns.flatten(2, 3))
+        slots.observer.recalled(steps, positions)
     return args._replace(recalled=recalled)
 
 

@@ -25,7 +25,7 @@ from ..storage.archive import Archive
 from ..storage.disk_archive import Disk, DiskArchive
 from ..storage.entries import Entries, dequantized, to_mlx
 from ..storage.formats import storage_for
-from ..storage.observer import Callback, Observer
+from ..storage.observer import Callback, Observer, RecallCallback
 from ..storage.recall import Recall
 from ..storage.rotation import Renumbering
 from ..storage.slots import Slots
@@ -217,12 +217,20 @@ class PolicyKVCache(PolicyCache):
         slots.recall = replace(recall, archive=archive)
         self._slots = slots
 
-    def observe(self, callback: Callback | None) -> None:
+    def observe(
+        self,
+        callback: Callback | None,
+        *,
+        scores: bool = False,
+        recalled: RecallCallback | None = None,
+    ) -> None:
         """Call back for every eviction from now on; None ends it.
 
-        callback: `callback(steps, positions)`, see `observe_evictions`.
+        callback: `callback(steps, positions)`; the rest: see `observe_evictions`.
         """
-        self._slots.observer = Observer(callback)
+        self._slots.observer = Observer(
+            callback, wants_scores=scores, recalled=recalled
+        )
 
     @property
     def values(self) -> Entries | None:

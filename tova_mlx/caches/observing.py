@@ -13,7 +13,11 @@ from .layer import PolicyKVCache
 
 @contextmanager
 def observe_evictions(
-    caches: Iterable[Any], callback: Callable[[int, Sequence[int], mx.array], Any]
+    caches: Iterable[Any],
+    callback: Callable[..., Any],
+    *,
+    scores: bool = False,
+    recalled: Callable[[int, Sequence[int], mx.array], Any] | None = None,
 ) -> Iterator[None]:
     """Call back for every eviction of these caches, for as long as the block runs.
 
@@ -25,6 +29,14 @@ def observe_evictions(
             position of the token after which it was; positions: of the tokens evicted,
             int32 [B, H', n], not evaluated yet. H' is 1, or n_kv_heads with granularity
             "head". A cache in a batch has nobody to call.
+        scores: call `callback(layer, steps, positions, scores)` instead; scores: what
+            the policy ranked them with when they were evicted, float32 as positions,
+            or None for a policy that goes by age. On Metal a prompt is read slower
+            then: its kernels do not say them, so the portable scan is taken.
+        recalled: called as `recalled(layer, steps, positions)` for what came back
+            (`recall`): steps: positions of the tokens that read, one after the other;
+            positions: what each of them could read again, int32
+            [B, n_kv_heads, len(steps) * slots], -1 where there is nothing.
 
     Nothing is spent on it while nobody observes. A token that is taken back (`trim`)
     and read again is reported again.
@@ -36,7 +48,8 @@ def observe_evictions(
         if isinstance(cache, PolicyKVCache)
     ]
     for layer, cache in layers:
-        cache.observe(partial(callback, layer))
+        again = None if recalled is None else partial(recalled, layer)
+        cache.observe(partial(callback, layer), scores=scores, recalled=again)
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ from .chat import chat
 from .evaluation import evaluation
 from .generate import generate
 from .info import info
+from .inspection import inspect
 from .options import in_options
 from .run import run
 from .serve import serve
@@ -54,5 +55,6 @@ main.add_command(chat)
 main.add_command(evaluation)
 main.add_command(generate)
 main.add_command(info)
+main.add_command(inspect)
 main.add_command(run)
 main.add_command(serve)

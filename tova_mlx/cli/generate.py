@@ -19,6 +19,7 @@ from .options import (
 )
 from .parameters import TEXT_FILE
 from .saving import mebibytes, saving
+from .texts import read_given
 
 
 @click.command(short_help="Text continued in bounded memory")
@@ -112,26 +113,7 @@ def generate(
 def _read(prompt: str | None, prompt_file: Path | None) -> str:
     if (prompt is None) == (prompt_file is None):
         raise click.UsageError("Give PROMPT or --prompt-file, one of them.")
-    source = prompt_file or ("stdin" if prompt == "-" else "PROMPT")
-    try:
-        if prompt_file is not None:
-            data = prompt_file.read_bytes()
-        elif prompt == "-":
-            data = sys.stdin.buffer.read()
-        else:
-            # Python keeps bytes of an argument that are not UTF-8 as surrogates.
-            data = (prompt or "").encode("utf-8", "surrogateescape")
-        text = data.decode("utf-8").removeprefix("\ufeff")
-    except OSError as error:
-        raise PromptError(f"{source}: cannot be read ({error.strerror}).") from error
-    except UnicodeDecodeError as error:
-        raise PromptError(
-            f"{source} is not UTF-8 text (byte {error.start}). Convert it first, for "
-            "example with iconv."
-        ) from error
-    if not text.strip():
-        raise PromptError(f"{source}: the prompt is empty. Give at least one word.")
-    return text
+    return read_given(prompt, prompt_file, "PROMPT", "prompt")
 
 
 def _encode(tokenizer: Any, text: str, raw: bool) -> list[int]:

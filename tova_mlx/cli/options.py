@@ -22,21 +22,32 @@ def model_option(command: F) -> F:
     )(command)
 
 
-def cache_options(command: F, positions: str = "original") -> F:
-    """The options that decide what a layer keeps; positions: their default."""
+_policy_option = click.option(
+    "--policy",
+    type=PolicyName(),
+    default="tova",
+    show_default=True,
+    help="Which tokens are kept.",
+)
+
+
+def cache_options(
+    command: F,
+    positions: str = "original",
+    size: int = 1024,
+    policy: Callable[[F], F] = _policy_option,
+) -> F:
+    """The options that decide what a layer keeps.
+
+    positions, size: their defaults; policy: the option of that name.
+    """
     for option in reversed(
         [
-            click.option(
-                "--policy",
-                type=PolicyName(),
-                default="tova",
-                show_default=True,
-                help="Which tokens are kept.",
-            ),
+            policy,
             click.option(
                 "--max-kv-size",
                 type=KVSize(),
-                default=1024,
+                default=size,
                 show_default=True,
                 help="Tokens kept per layer; or bytes for all caches together, such "
                 "as 2GB or 512MiB; or auto, what the machine can spare.",

@@ -98,6 +98,8 @@ def decode(tokenizer: Any, ids: list[int]) -> tuple[str, list[tuple[int, int]]]:
     text, spans = "", []
     before: list[int] = []
     group: list[int] = []
+    # Tokens that wait for one character to be complete, after so many that are.
+    waiting = complete = 0
 
     def decoded(some: list[int]) -> str:
         return tokenizer.decode(some, clean_up_tokenization_spaces=False)
@@ -110,12 +112,16 @@ def decode(tokenizer: Any, ids: list[int]) -> tuple[str, list[tuple[int, int]]]:
         group.append(token)
         # After its neighbour: some tokenizers drop the space of the first one.
         piece = decoded(before + group)[len(decoded(before)) if before else 0 :]
-        unfinished = piece.endswith("\ufffd") and len(group) < _LONGEST
+        whole = len(piece.rstrip("\ufffd"))
+        waiting = 1 if whole > complete else waiting + 1
+        complete = whole
+        unfinished = piece.endswith("\ufffd") and waiting < _LONGEST
         if unfinished and i + 1 < len(ids) and ids[i + 1] not in special:
             continue
         spans += [(len(text), len(text) + len(piece))] * len(group)
         text += piece
         before, group = group, []
+        waiting = complete = 0
     return text, spans
 
 

@@ -5,6 +5,7 @@ to the portable form; `on` takes the kernels wherever it is, for tests.
 """
 
 import os
+from typing import Any
 
 import mlx.core as mx
 
@@ -29,8 +30,13 @@ def scan_block(
     limit: int | None,
     n_before: int = 0,
     sinks: mx.array | None = None,
+    at_eviction: bool = False,
 ) -> ScanResult:
     """The prefill scan; arguments as in `scan_on_cpu`."""
+    how: dict[str, Any] = {"limit": limit, "n_before": n_before, "sinks": sinks}
+    if at_eviction:
+        # The kernel does not say them.
+        return scan_on_cpu(logits, columns, rule, at_eviction=True, **how)
     on_gpu = kernels_wanted() and logits.shape[3] <= MAX_COLUMNS
     scan = scan_on_gpu if on_gpu else scan_on_cpu
-    return scan(logits, columns, rule, limit=limit, n_before=n_before, sinks=sinks)
+    return scan(logits, columns, rule, **how)

@@ -24,4 +24,4 @@ def cut_once(result: ScanResult, positions: mx.array, rule: Rule) -> ScanResult:
     victims = np.argsort(ranks, axis=1, kind="stable")[:, :surplus]
     last = np.array(result.last)
     np.put_along_axis(last, victims, last.max(axis=1, keepdims=True) - 1, axis=1)
-    return result._replace(last=to_mlx(last))
+    return result._replace(last=to_mlx(last), at_eviction=result.scores)

@@ -41,12 +41,14 @@ class ScanResult(NamedTuple):
 
     last: int32 [R, N], the last step that saw the column, L if it is still held;
     scores: float32 [R, N] after the last step; before: float32 [R, n_before, N], the
-    scores before each of the last steps.
+    scores before each of the last steps; at_eviction: float32 [R, N], the score that
+    each column was evicted with, if it is wanted.
     """
 
     last: mx.array
     scores: mx.array
     before: mx.array | None
+    at_eviction: mx.array | None = None
 
 
 def scan_on_cpu(
@@ -57,17 +59,19 @@ def scan_on_cpu(
     limit: int | None,
     n_before: int = 0,
     sinks: mx.array | None = None,
+    at_eviction: bool = False,
 ) -> ScanResult:
     """Replay L steps on logits [B, n_heads, L, N], -inf where a mask hides.
 
     What comes after a query need not be hidden. limit: tokens held after each step,
     None for all; n_before: for how many of the last steps `before` is wanted; sinks:
-    learned logits [n_heads] in the denominator.
+    learned logits [n_heads] in the denominator; at_eviction: whether that is wanted.
     """
     length, n_columns = logits.shape[2:]
     n_held = n_columns - length
     weights = _Weights(logits, columns, sinks)
     tokens = _Tokens(np.array(columns.positions), n_held, rule)
+    worth = np.zeros(tokens.positions.shape, np.float32) if at_eviction else None
     memory, current = np.float32(rule.memory), np.array(columns.scores)
     before = []
     for step in range(length):
@@ -80,9 +84,10 @@ def scan_on_cpu(
         received = weights.received(step, tokens.held)
         current = current * memory + received if memory else received
         if evicts:
-            tokens.evict_lowest(step, current)
+            tokens.evict_lowest(step, current, worth)
     earlier = to_mlx(np.stack(before, axis=1)) if before else None
-    return ScanResult(to_mlx(tokens.last), to_mlx(current), earlier)
+    evicted = None if worth is None else to_mlx(worth)
+    return ScanResult(to_mlx(tokens.last), to_mlx(current), earlier, evicted)
 
 
 class _Tokens:
@@ -106,8 +111,11 @@ class _Tokens:
         if self._first + step >= self.rule.n_sinks:
             self._barred[:, own] = 0
 
-    def evict_lowest(self, step: int, scores: Floats) -> None:
-        """Evict the lowest score that is not protected; ties go to the oldest."""
+    def evict_lowest(self, step: int, scores: Floats, worth: Floats | None) -> None:
+        """Evict the lowest score that is not protected; ties go to the oldest.
+
+        worth: takes the victims' scores, if it is given.
+        """
         ranks = scores + self._barred
         if self.rule.n_recent:
             recent = self.positions > self._first + step - self.rule.n_recent
@@ -116,6 +124,8 @@ class _Tokens:
         self.held[self._each, victims] = 0
         self._barred[self._each, victims] = np.inf
         self.last[self._each, victims] = step
+        if worth is not None:
+            worth[self._each, victims] = scores[self._each, victims]
 
 
 class _Weights:

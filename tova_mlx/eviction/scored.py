@@ -20,8 +20,10 @@ def scored_step(
     held: mx.array | None,
     newest: int | mx.array,
     rule: Rule,
-) -> mx.array:
+) -> tuple[mx.array, mx.array]:
     """Return the victim, uint32 [B, H', 1], of the S slots as they are stored.
+
+    And their scores, float32 [B, H', S].
 
     positions: int32 [B, H', S]; held: bool [B, 1, S], all if None; newest: the position
     of the newest token, or of each batch row's [B, 1, 1].
@@ -30,7 +32,7 @@ def scored_step(
         held = mx.ones(positions.shape, mx.bool_)
     held = mx.broadcast_to(held, positions.shape)
     scores = _scores(_prepared(keys, values, rule), positions, held, rule)
-    return choose_victim(positions, scores, newest, rule, held)
+    return choose_victim(positions, scores, newest, rule, held), scores
 
 
 def scored_scan(
@@ -41,13 +43,14 @@ def scored_scan(
     *,
     limit: int | None,
     length: int,
+    at_eviction: bool = False,
 ) -> ScanResult:
     """Replay the steps of the last `length` columns, as `scan_on_cpu`; evaluated.
 
     keys, values: the N columns as they are stored, in order of position; positions:
-    int32 [B, H', N]; limit: tokens held after each step, None for all. A block's graph
-    is thousands of small operations, too much to be left waiting for all layers at
-    once.
+    int32 [B, H', N]; limit: tokens held after each step, None for all; at_eviction:
+    whether that is wanted. A block's graph is thousands of small operations, too much
+    to be left waiting for all layers at once.
     """
     n_columns = keys.shape[2]
     n_held = n_columns - length
@@ -55,6 +58,7 @@ def scored_scan(
     columns = mx.arange(n_columns)
     held = mx.broadcast_to(columns < n_held, positions.shape)
     last = mx.full(positions.shape, length, mx.int32)
+    worth = mx.zeros(positions.shape) if at_eviction else None
     for step in range(length):
         own = n_held + step
         held = held | (columns == own)
@@ -64,9 +68,16 @@ def scored_scan(
         newest = positions[:, :, own : own + 1]
         evicted = columns == choose_victim(positions, scores, newest, rule, held)
         last, held = mx.where(evicted, step, last), held & ~evicted
-    mx.eval(last)
+        if worth is not None:
+            worth = mx.where(evicted, scores, worth)
+    mx.eval(last, worth)
     flat = (-1, n_columns)
-    return ScanResult(last.reshape(flat), mx.zeros(last.shape).reshape(flat), None)
+    return ScanResult(
+        last.reshape(flat),
+        mx.zeros(last.shape).reshape(flat),
+        None,
+        None if worth is None else worth.reshape(flat),
+    )
 
 
 def _prepared(keys: Entries, values: Entries, rule: Rule) -> tuple[Any, Any]:

@@ -198,27 +198,40 @@ class Slots(SlotFields):
         """Whether anybody asks which columns a block evicts."""
         return bool(self.journal.length or self.observer or self.recall)
 
-    def log_evicted(self, columns: mx.array, *, once: bool = False) -> None:
+    def log_evicted(
+        self,
+        columns: mx.array,
+        *,
+        once: bool = False,
+        scores: mx.array | None = None,
+    ) -> None:
         """Log the columns [B, H', n] that a block evicts, in order of step.
 
         Before `keep`; the last of them is evicted at the newest token's step. once:
-        all are, and the journal cannot bring them back.
+        all are, and the journal cannot bring them back. scores: those that they were
+        evicted with, for an observer who wants them.
         """
         n = columns.shape[2]
         if n and self.observer:
             steps = [self.newest] * n if once else range(self.offset - n, self.offset)
-            self.observer.evicted(steps, gather(self.positions, columns))
+            self.observer.evicted(steps, gather(self.positions, columns), scores)
         if n and self.recall is not None:
             self._log_for_recall(columns)
         n = 0 if once else min(self.journal.length, n)
         if n:
             self._log(columns[..., -n:])
 
-    def mark(self, victim: mx.array) -> None:
-        """Mark the slot [B, H', 1] of the token that is evicted now."""
+    def mark(self, victim: mx.array, scores: mx.array | None = None) -> None:
+        """Mark the slot [B, H', 1] of the token that is evicted now.
+
+        scores: those of all slots, [B, H', S], if the rule has any.
+        """
         self.victim = victim
         if self.observer:
-            self.observer.evicted([self.newest], gather(self.positions, victim))
+            own = None
+            if scores is not None and self.observer.wants_scores:
+                own = gather(scores, victim)
+            self.observer.evicted([self.newest], gather(self.positions, victim), own)
 
     def can_take_back(self, n: int) -> bool:
         """Whether the newest n tokens can be taken back exactly."""

@@ -132,8 +132,11 @@ class Stack(SlotFields):
             return False
         return any(o > limit and when.is_due(o) for o in self.offsets)
 
-    def mark(self, victim: mx.array) -> None:
-        """Mark the slots [B, H', 1] of the tokens that full rows evict now."""
+    def mark(self, victim: mx.array, scores: mx.array | None = None) -> None:
+        """Mark the slots [B, H', 1] of the tokens that full rows evict now.
+
+        scores: not read, for nobody observes a batch.
+        """
         self.victim = victim
 
     def remember(self, scores: mx.array) -> None:
