@@ -29,7 +29,7 @@ from tova_mlx import (
 from tova_mlx.cli import inspection as command
 from tova_mlx.cli import main, models
 from tova_mlx.inspection import page, pieces
-from tova_mlx.storage.archive import BLOCK
+from tova_mlx.policies import RECALL_BLOCK
 
 LENGTH, SIZE = 45, 12
 
@@ -129,7 +129,7 @@ def test_what_comes_back_is_what_caches_recall_at_each_token(wide, granularity):
             recalled = sorted(read[i])
             times[recalled] += 1
             blocks = [b for b in got.blocks[step] if b >= 0]
-            assert blocks == sorted({p // BLOCK for p in recalled})
+            assert blocks == sorted({p // RECALL_BLOCK for p in recalled})
         assert times.any()
         assert got.times.tolist() == times.tolist()
         for p in range(n):

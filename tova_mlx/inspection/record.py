@@ -30,8 +30,8 @@ class Recalled:
 
     times: [T], how many tokens could read each token again; first, last: [T], the steps
     at which it came back first and last, -1 if it never did; blocks: [T, m], of which
-    blocks of `RECALL_BLOCK` neighbours each token could read what was evicted, ascending, then
-    -1: block b has the tokens from b * RECALL_BLOCK on.
+    blocks of 16 neighbours each token could read what was evicted, ascending, then -1:
+    block b has the tokens from 16 * b on.
     """
 
     times: Ints
