@@ -316,6 +316,21 @@ def test_generate_prints_one_object(demo_path):
 
 
 @pytest.mark.real_model
+def test_generate_ends_with_what_was_saved(demo_path):
+    model = ("--model", str(demo_path), "--no-chat-template", "--max-tokens", "4")
+    words = "one two three four five six seven eight " * 20
+    last = run("generate", words, *model, "--max-kv-size", "32").stderr.splitlines()[-1]
+    n = int(re.search(r"holds 32 of (\d+) tokens per layer$", last)[1])
+    # keys and values: 3 heads of 64 float32 each, 30 layers.
+    unbounded = n * 30 * 2 * 3 * 64 * 4
+    assert f" of {unbounded / 2**20:.1f} MiB; the cache takes " in last
+    saved, taken = re.match(r"saved: (.*) MiB of .*takes (.*) MiB and", last).groups()
+    assert float(saved) + float(taken) == pytest.approx(unbounded / 2**20, abs=0.11)
+    last = run("generate", words, *model, "--max-kv-size", "512").stderr
+    assert last.splitlines()[-1].startswith("saved: nothing yet; the cache takes ")
+
+
+@pytest.mark.real_model
 def test_info_says_what_each_layer_would_get(demo_path):
     arguments = ("--model", str(demo_path), "--max-kv-size", "64")
     result = run("info", "--json", *arguments)
