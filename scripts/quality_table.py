@@ -134,7 +134,9 @@ def recall() -> str:
     """Markdown: perplexity with recall and without, at as many slots."""
     rows = [
         row
-        for path in sorted((RESULTS / "recall").glob("perplexity*/results.jsonl"))
+        for path in sorted(
+            (RESULTS / "recall").glob("**/perplexity/*.jsonl"), key=_order
+        )
         for row in _rows(str(path.relative_to(RESULTS)))
     ]
     found: dict[tuple, dict] = {}
@@ -161,9 +163,19 @@ def recall() -> str:
     return "\n".join(lines)
 
 
+def _order(path: Path) -> tuple[int, str]:
+    """The demo model first."""
+    return len(path.parts), str(path)
+
+
 def recalled() -> str:
     """Markdown: facts found with recall and without."""
     return needle("recall/needle/results.jsonl")
+
+
+def recalled_qwen() -> str:
+    """Markdown: the same by Qwen2.5."""
+    return needle("recall/Qwen2.5-Coder-0.5B-Instruct/needle/results.jsonl")
 
 
 def needle(name: str = "needle/results.jsonl") -> str:
@@ -265,6 +277,7 @@ TABLES = {
     "needle": needle,
     "recall": recall,
     "recalled": recalled,
+    "recalled-qwen": recalled_qwen,
     "longrange": longrange,
     "kept": kept,
 }
