@@ -28,7 +28,7 @@ TOLD = (
 ASKED = "What is the code of my bicycle lock?"
 GIVEN = "Here is a passage of a novel. Only say OK. "
 # Words of a passage, and tokens of an answer.
-PASSAGE, ANSWERED, LIMIT, SLOTS = 600, 16, 512, 128
+PASSAGE, ANSWERED, LIMIT, SLOTS = 3000, 16, 512, 128
 SETTINGS = {
     "recall": ["--recall", str(SLOTS)],
     "no recall": [],

@@ -600,7 +600,7 @@ def test_two_hundred_turns_keep_the_bytes_constant(small_path):
     tokens, _, size = turns[-1]
     mib = [f"{n / 2**20:,.1f} MiB" for n in (tokens * 2**15, tokens * 2**15 - size)]
     assert done.stderr.splitlines()[-1].startswith(f"saved: {mib[1]} of {mib[0]};")
-    assert done.stderr.endswith(f"and holds 32 of {tokens:,} tokens per layer\n")
+    assert done.stderr.endswith(f"; 32 of {tokens:,} tokens are held per layer\n")
 
 
 def test_a_pipe_gets_answers_and_nothing_else_on_stdout(demo_path, tmp_path):

@@ -316,17 +316,27 @@ def test_generate_prints_one_object(demo_path):
 
 
 @pytest.mark.real_model
-def test_generate_ends_with_what_was_saved(demo_path):
+def test_generate_ends_with_what_was_saved(demo_path, tmp_path):
     model = ("--model", str(demo_path), "--no-chat-template", "--max-tokens", "4")
-    words = "one two three four five six seven eight " * 20
+    words = "one two three four five six seven eight " * 60
     last = run("generate", words, *model, "--max-kv-size", "32").stderr.splitlines()[-1]
-    n = int(re.search(r"holds 32 of (\d+) tokens per layer$", last)[1])
+    n = int(re.search(r"; 32 of (\d+) tokens are held per layer$", last)[1])
     # keys and values: 3 heads of 64 float32 each, 30 layers.
     unbounded = n * 30 * 2 * 3 * 64 * 4
     assert f" of {unbounded / 2**20:.1f} MiB; the cache takes " in last
-    saved, taken = re.match(r"saved: (.*) MiB of .*takes (.*) MiB and", last).groups()
+    saved, taken = re.match(r"saved: (.*) MiB of .*takes (.*) MiB;", last).groups()
     assert float(saved) + float(taken) == pytest.approx(unbounded / 2**20, abs=0.11)
-    last = run("generate", words, *model, "--max-kv-size", "512").stderr
+    # What is archived in memory is not saved, what is on disk is.
+    recall = ("--max-kv-size", "48", "--recall", "16")
+    for archive, where in (((), ""), (("--archive", str(tmp_path)), " on disk")):
+        last = run("generate", words, *model, *recall, *archive).stderr.splitlines()[-1]
+        saved, cache, archived = re.match(
+            rf"saved: (.*) MiB of .*takes (.*) MiB, its archive (.*) MiB{where};", last
+        ).groups()
+        taken = float(cache) + (0 if where else float(archived))
+        assert float(archived) > 0
+        assert float(saved) + taken == pytest.approx(unbounded / 2**20, abs=0.16)
+    last = run("generate", words[:999], *model, "--max-kv-size", "512").stderr
     assert last.splitlines()[-1].startswith("saved: nothing yet; the cache takes ")
 
 
