@@ -173,6 +173,17 @@ def recalled() -> str:
     return needle("recall/needle/results.jsonl")
 
 
+def limits() -> str:
+    """Markdown: what recall costs, one thing replaced at a time."""
+    report = json.loads((RESULTS / "recall" / "limits.json").read_text())
+    lines = [f"| {report['model'].split('-')[0]} | change |", "|---|---|"]
+    for name, change in report["change_from_full"].items():
+        lines.append(
+            f"| {name} | {pm(change['percent'], change['stderr'], 1, '+')} % |"
+        )
+    return "\n".join(lines)
+
+
 def recalled_qwen() -> str:
     """Markdown: the same by Qwen2.5."""
     return needle("recall/Qwen2.5-Coder-0.5B-Instruct/needle/results.jsonl")
@@ -278,6 +289,7 @@ TABLES = {
     "recall": recall,
     "recalled": recalled,
     "recalled-qwen": recalled_qwen,
+    "limits": limits,
     "longrange": longrange,
     "kept": kept,
 }

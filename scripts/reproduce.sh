@@ -29,16 +29,23 @@ $tova eval longrange --qasper "$qasper" --documents 6 --examples 99 \
 # An eighth of the context first.
 $tova eval perplexity "$moby_dick" --max-kv-size 256 --max-kv-size 64 \
     --max-kv-size 1024 --max-kv-size 512 --max-kv-size 128 --out "$out/perplexity"
-# What was evicted comes back.
-$tova eval needle --text "$persuasion" --max-kv-size 256 --recall 64 --policy fade \
-    --policy tova --length 1024 --depth 0.25 --depth 0.5 --depth 0.75 --cases 10 \
-    --out "$out/recall/needle"
-for text in "$persuasion" "$moby_dick"; do
-    $tova eval perplexity "$text" --tokens 4096 --context 4096 --policy fade \
-        --policy tova --max-kv-size 256 --recall 64 --out "$out/recall/perplexity"
-done
-# Fewer bits, and what they are worth at equal bytes, on two models.
 qwen=$(.venv/bin/python scripts/prepare_demo_model.py --model qwen2.5-0.5b | tail -n 1)
+# What was evicted comes back.
+for model in demo "$qwen"; do
+    recall="$out/recall"
+    [ "$model" = demo ] || recall="$recall/$(basename "$qwen")"
+    for text in "$persuasion" "$moby_dick"; do
+        $tova eval perplexity "$text" --model "$model" --tokens 4096 --context 4096 \
+            --policy fade --policy tova --max-kv-size 256 --recall 64 \
+            --out "$recall/perplexity"
+    done
+    $tova eval needle --text "$persuasion" --model "$model" --max-kv-size 256 \
+        --recall 64 --policy fade --policy tova --length 1024 --depth 0.25 \
+        --depth 0.5 --depth 0.75 --cases 10 --out "$recall/needle"
+done
+.venv/bin/python scripts/recall_limits.py "$moby_dick" --model "$qwen" --tokens 2048 \
+    --out "$out/recall/limits.json"
+# Fewer bits, and what they are worth at equal bytes, on two models.
 for model in demo "$qwen"; do
     name=SmolLM2-135M-Instruct
     [ "$model" = demo ] || name=$(basename "$qwen")
