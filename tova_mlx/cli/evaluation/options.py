@@ -49,6 +49,9 @@ def evaluation_options(
     names that count as policies beside ours; of_step: what the step decides.
     """
 
+    # A default of None would count as one.
+    where: dict[str, Any] = {"required": True} if out is None else {"default": out}
+
     def decorate(command: F) -> F:
         for option in reversed(
             [
@@ -91,9 +94,8 @@ def evaluation_options(
                 click.option(
                     "--out",
                     type=UserPath(path_type=Path, file_okay=False),
-                    required=out is None,
-                    default=out,
-                    show_default=out is not None,
+                    **where,
+                    show_default=True,
                     help="Directory for results.jsonl and a PNG; a run that was "
                     "stopped goes on there.",
                 ),
