@@ -22,7 +22,7 @@ PAGES = {
     **dict.fromkeys(
         (
             *("quality", "bits", "bytes", "perplexity", "needle", "longrange", "kept"),
-            *("recall", "recalled"),
+            *("recall", "recalled", "recalled-qwen", "limits"),
         ),
         "docs/results.md",
     ),

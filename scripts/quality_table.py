@@ -176,7 +176,9 @@ def recalled() -> str:
 def limits() -> str:
     """Markdown: what recall costs, one thing replaced at a time."""
     report = json.loads((RESULTS / "recall" / "limits.json").read_text())
-    lines = [f"| {report['model'].split('-')[0]} | change |", "|---|---|"]
+    size, slots = report["max_kv_size"], report["recall"]
+    what = f"{report['model'].split('-')[0]}, `{report['policy']}` {size - slots}"
+    lines = [f"| {what} + {slots} | change |", "|---|---|"]
     for name, change in report["change_from_full"].items():
         lines.append(
             f"| {name} | {pm(change['percent'], change['stderr'], 1, '+')} % |"
