@@ -398,7 +398,7 @@ def seeded_case(number):
         logits, scores, norms = given
         how = {"limit": limit, "n_before": 2, "sinks": sinks}
         columns = Columns(mx.array(places), scores, norms)
-        last, new_scores, before = kernels.scan_on_gpu(logits, columns, rule, **how)
+        last, new_scores, before, _ = kernels.scan_on_gpu(logits, columns, rule, **how)
         parts = [last, (before * 1000).round(), (new_scores * 1000).round()]
     else:
         order = mx.array(rng.permuted(places, axis=1).argsort(axis=1))[:, None]
