@@ -16,14 +16,13 @@ import time
 from pathlib import Path
 
 import mlx.core as mx
-from common import finish, load_demo_model, provenance
+from common import EXCERPT, finish, load_demo_model, provenance, repeated_ids
 
 from tova_mlx.evaluation.reading import token_losses
 from tova_mlx.evaluation.results import Setting
 
 POLICIES = ("tova", "fade", "keydiff")
 SIZE, LENGTH, LONG, STEP = 64, 512, 8192, 256
-EXCERPT = Path(__file__).parent / "moby_dick_excerpt.txt"
 
 
 def main() -> None:
@@ -33,8 +32,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     model, tokenizer = load_demo_model()
-    ids = tokenizer.encode(args.text.read_text(encoding="utf-8")[: 8 * LONG])
-    ids = (ids * (LONG // len(ids) + 1))[:LONG]
+    ids = repeated_ids(tokenizer, args.text, LONG)
 
     def read(policy: str, n: int, step: int) -> tuple[float, float]:
         """Seconds and perplexity of the first n tokens."""

@@ -22,16 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from common import finish, load_demo_model, provenance
+from common import EXCERPT, finish, load_demo_model, provenance, repeated_ids
 
 from tova_mlx import inspect, make_prompt_cache, observe_evictions
 from tova_mlx.evaluation.reading import read
 from tova_mlx.inspection.record import Inspection
-from tova_mlx.inspection.recording import encode
 
 POLICIES = ("tova", "h2o", "streaming")
 SIZE, LENGTH, STEP = 128, 512, 256
-EXCERPT = Path(__file__).parent / "moby_dick_excerpt.txt"
 # A frame of the slider at these shares of the text, in turn.
 JUMPS = [(37 * i % 60) / 60 for i in range(60)]
 STEPS = [0.5 + 0.001 * i for i in range(60)]
@@ -55,9 +53,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     model, tokenizer = load_demo_model()
-    text = args.text.read_text(encoding="utf-8")
-    ids = encode(tokenizer, text)
-    ids = (ids * (5000 // len(ids) + 1))[:5000]
+    ids = repeated_ids(tokenizer, args.text, 5000)
     result: dict[str, Any] = {**provenance(), "max_kv_size": SIZE, "step": STEP}
     result["recording"] = {
         policy: _recording(model, tokenizer, ids[:LENGTH], policy, args.rounds)

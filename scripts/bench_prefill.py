@@ -14,13 +14,12 @@ import time
 from pathlib import Path
 
 import mlx.core as mx
-from common import finish, load_demo_model, provenance
+from common import EXCERPT, finish, load_demo_model, provenance, repeated_ids
 from mlx_lm.models.cache import KVCache
 
 from tova_mlx import make_prompt_cache
 
 SIZE, LENGTH, STEP = 512, 2048, 2048
-EXCERPT = Path(__file__).parent / "moby_dick_excerpt.txt"
 
 
 def main() -> None:
@@ -30,9 +29,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     model, tokenizer = load_demo_model()
-    ids = tokenizer.encode(args.text.read_text(encoding="utf-8")[:40_000])
-    ids = (ids * (LENGTH // len(ids) + 1))[:LENGTH]
-    tokens = mx.array(ids)[None]
+    tokens = mx.array(repeated_ids(tokenizer, args.text, LENGTH))[None]
 
     def prefill(cache: list, step: int = STEP, length: int = LENGTH) -> float:
         start_time = time.perf_counter()

@@ -23,12 +23,12 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from common import ROOT, finish, provenance
+from common import EXCERPT, finish, provenance
 
 from tova_mlx.models.budget import parse_size
 from tova_mlx.models.demo import demo_model_path
 
-EXCERPT = (ROOT / "scripts/moby_dick_excerpt.txt").read_text(encoding="utf-8")
+TEXT = EXCERPT.read_text(encoding="utf-8")
 # The server, which writes what its caches have into files as it attends.
 SERVER = """
 import gc, itertools, sys
@@ -139,8 +139,8 @@ def main() -> None:
 
         def turn(client: int) -> None:
             talk = talks[client]
-            start = (client * 5003 + len(talk) * 977) % (len(EXCERPT) - TURN)
-            talk.append({"role": "user", "content": EXCERPT[start : start + TURN]})
+            start = (client * 5003 + len(talk) * 977) % (len(TEXT) - TURN)
+            talk.append({"role": "user", "content": TEXT[start : start + TURN]})
             talk.append({"role": "assistant", "content": ask(port, talk)})
 
         turn(0)

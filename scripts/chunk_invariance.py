@@ -18,14 +18,12 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from common import provenance
+from common import EXCERPT, provenance
 from mlx_lm import load
 
 from tova_mlx import POLICIES, make_prompt_cache, observe_evictions
 from tova_mlx.eviction import step
 from tova_mlx.models.demo import demo_model_path
-
-EXCERPT = Path(__file__).parent / "moby_dick_excerpt.txt"
 
 
 class Run:

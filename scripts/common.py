@@ -15,6 +15,7 @@ load_openblas()
 ROOT = Path(__file__).parents[1]
 
 # Which page has which generated table, between marks of its name.
+EXCERPT = ROOT / "scripts" / "moby_dick_excerpt.txt"
 PAGES = {
     "short": "README.md",
     "policies": "docs/policies.md",
@@ -47,6 +48,14 @@ def load_demo_model() -> tuple[Any, Any]:
     if not mx.metal.is_available():
         model.set_dtype(mx.float32)
     return model, tokenizer
+
+
+def repeated_ids(tokenizer: Any, file: Path, n: int) -> list[int]:
+    """The first n tokens of a text, which begins again where it is too short."""
+    from tova_mlx.evaluation.reading import first_ids
+
+    ids = first_ids(tokenizer, file.read_text(encoding="utf-8"), n)
+    return (ids * (n // len(ids) + 1))[:n]
 
 
 def losses(logits: Any, wanted: Any) -> Any:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from common import ROOT, load_demo_model, losses, provenance
+from common import EXCERPT, load_demo_model, losses, provenance
 
 from tova_mlx import describe, make_prompt_cache
 from tova_mlx.evaluation.reading import read
@@ -32,7 +32,6 @@ READ, DECODED, STEP = 1920, 128, 640
 # there on a layer has a number more per slot.
 WARM_UP = 10_240
 PER_LAP = READ + DECODED
-EXCERPT = ROOT / "scripts/moby_dick_excerpt.txt"
 
 
 def resident() -> int:

@@ -13,7 +13,7 @@ alone would give it more: the few best of thousands would stand for all of them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -23,9 +23,6 @@ from ..policies import RECALL_BLOCK
 from ..storage.archive import Archive, Tile
 from ..storage.disk_archive import DiskArchive
 from ..storage.entries import dequantized, product
-
-# Neighbours that come back together.
-BLOCK = RECALL_BLOCK
 
 
 class Recalled(NamedTuple):
@@ -72,8 +69,10 @@ def recall(
     total = functools.reduce(mx.logaddexp, (one.total for one in seen))
     best = mx.concatenate([one.best for one in seen], axis=-1)
     # In order of position: what is added up is the same for any order.
-    blocks = mx.sort(mx.argpartition(-best, n // BLOCK - 1)[..., : n // BLOCK])
-    columns = blocks[..., None] * BLOCK + mx.arange(BLOCK)
+    blocks = mx.sort(
+        mx.argpartition(-best, n // RECALL_BLOCK - 1)[..., : n // RECALL_BLOCK]
+    )
+    columns = blocks[..., None] * RECALL_BLOCK + mx.arange(RECALL_BLOCK)
     columns = columns.flatten(3, 4).astype(mx.int32)
     if whole:
         output, lse = _read_whole(archive, seen, blocks)
@@ -105,7 +104,7 @@ def _see(queries: mx.array, tile: Tile) -> _Seen:
     logits = mx.where(there[:, :, None], logits, -mx.inf)
     logits = logits.reshape(batch, heads, group, length, -1)
     # One axis after the other: both at once take MLX's CPU backend longer.
-    blocks = logits.reshape(*logits.shape[:4], -1, BLOCK).max(axis=-1)
+    blocks = logits.reshape(*logits.shape[:4], -1, RECALL_BLOCK).max(axis=-1)
     top = blocks.max(axis=-1, keepdims=True)
     weights = _exponentials(logits, mx.where(top == -mx.inf, 0, top))
     total = top + mx.log(weights.sum(axis=-1, keepdims=True))
@@ -123,10 +122,9 @@ def _exponentials(logits: mx.array, top: mx.array) -> mx.array:
 
 
 def _read_whole(
-    archive: Archive | DiskArchive, seen: Iterable[_Seen], blocks: mx.array
+    archive: Archive | DiskArchive, seen: Sequence[_Seen], blocks: mx.array
 ) -> tuple[mx.array, mx.array]:
     """Attend to blocks [B, n_kv_heads, L, ·]: output [B, n_kv_heads, G, L, D], lse."""
-    seen = list(seen)
     sizes = [one.best.shape[-1] for one in seen]
     chosen = mx.zeros((*blocks.shape[:3], sum(sizes)), mx.bool_)
     chosen = mx.put_along_axis(chosen, blocks, mx.array(True), axis=-1)
@@ -135,7 +133,7 @@ def _read_whole(
     for one, size, values in zip(seen, sizes, archive.values_of_tiles(), strict=True):
         assert one.weights is not None
         read = chosen[:, :, None, :, start : start + size, None]
-        weights = one.weights.reshape(*one.weights.shape[:4], size, BLOCK)
+        weights = one.weights.reshape(*one.weights.shape[:4], size, RECALL_BLOCK)
         weights = mx.where(read, weights, 0).reshape(one.weights.shape)
         batch, heads, group, length, n = weights.shape
         part = product(

@@ -68,8 +68,7 @@ def _attend(
     output = _output(weights[..., n_learned:], values, queries)
     if args.recalled is not None:
         # A softmax's greatest weight is that of its greatest logit.
-        greatest = (a.max(axis=-1, keepdims=True) for a in (logits, weights))
-        top, weight = greatest
+        top, weight = (a.max(axis=-1, keepdims=True) for a in (logits, weights))
         output = args.recalled.merged(output, top - mx.log(weight))
     return output, weights[..., n_learned:]
 

@@ -59,10 +59,10 @@ class Bench:
 
     def jobs(self) -> list[Job]:
         """What is still to be read, a job for each setting that has something."""
-        jobs = []
+        jobs, decodes = [], self.to_decode() > 0
         for setting in self.settings:
             job = self.job(setting)
-            contexts = [c for c in job.contexts if self._to_read(job, c)]
+            contexts = [c for c in job.contexts if self._to_read(job, c, decodes)]
             if contexts:
                 jobs.append(only(job, contexts))
         return jobs
@@ -113,12 +113,12 @@ class Bench:
         for setting in self.settings:
             yield from self._rows(setting, ("decode_ms",))
 
-    def _to_read(self, job: Job, context: int) -> bool:
-        """Whether a row of a setting is missing, or its caches, which decode."""
+    def _to_read(self, job: Job, context: int, decodes: bool) -> bool:
+        """Whether a row of a setting is missing, or its caches, if they decode."""
         units = READ if job.reads(context) else READ[1:]
         if not all(self._row(job.setting, context, unit) for unit in units):
             return True
-        if not self.to_decode() or job.file(context).exists():
+        if not decodes or job.file(context).exists():
             return False
         row = self._row(job.setting, context, "cache_bytes")
         # Those of `full` are filled, if they can be.

@@ -27,7 +27,7 @@ from .baselines import FULL, KEEP, ROTATING
 def caches_of(model: nn.Module, setting: Setting) -> list[Any]:
     """New caches of a setting, that of mlx-lm's for `full` and `rotating`.
 
-    Ours can take back as many tokens as those of `generate` can.
+    Ours have the journal that `make_prompt_cache` gives them.
     """
     if setting == FULL:
         return mlx_lm_cache.make_prompt_cache(model)

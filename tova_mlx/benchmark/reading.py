@@ -14,13 +14,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.models.cache import save_prompt_cache
 
 from ..caches.options import JOURNAL
 from ..evaluation.reading import read
 from ..evaluation.results import Setting
 from ..hooks.layers import leaves
+from ..models.budget import weights_bytes
 from .baselines import FULL
 from .cases import caches_of, can_fill, fill
 from .decoding import decode
@@ -103,8 +103,7 @@ def read_contexts(
 ) -> Iterator[Reading]:
     """Read up to each context length in turn; progress: called with tokens read."""
     tokens = random_tokens(model, max(job.contexts), job.seed)
-    leaves_: Any = tree_flatten(model.parameters())
-    weights = sum(a.nbytes for _, a in leaves_)
+    weights = weights_bytes(model)
     caches = caches_of(model, job.setting)
     fillable = can_fill(caches)
     _warm_up(model, job, tokens)

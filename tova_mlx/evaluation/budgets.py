@@ -16,7 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache as make_default
 from ..errors import OptionError
 from ..models.budget import Budget
 from ..models.conversion import bytes_at_most, make_prompt_cache, tokens_within
-from ..models.report import bytes_per_token, trace, unbounded_bytes
+from ..models.report import trace, unbounded_bytes
 from .reading import cache_options
 from .results import Setting
 
@@ -54,7 +54,7 @@ def cache_bytes(model: nn.Module, setting: Setting, context: int) -> int:
     with _in_half_precision(model, options):
         if size is None:
             caches = make_prompt_cache(model, None, **options)
-            return context * bytes_per_token(trace(model, caches))
+            return unbounded_bytes(trace(model, caches), context)
         most = bytes_at_most(model, min(size, context), **options)
     assert most is not None
     return most

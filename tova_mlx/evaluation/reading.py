@@ -20,6 +20,13 @@ from .results import Setting
 Progress = Callable[[int], Any]
 
 
+def first_ids(tokenizer: Any, text: str, n_tokens: int) -> list[int]:
+    """At least the first `n_tokens` tokens, if the text has them, not all of a book."""
+    # 16 characters a token are more than any text has; quietly, for the warning about
+    # the model's context is not meant for who reads in windows.
+    return list(tokenizer.encode(text[: 16 * n_tokens], verbose=False))
+
+
 def cache_options(setting: Setting) -> dict[str, Any]:
     """What `make_prompt_cache` takes for a setting, but for the size.
 

@@ -14,15 +14,12 @@ import numpy as np
 from ..caches.layer import PolicyKVCache
 from ..caches.observing import observe_evictions
 from ..errors import OptionError, PromptError, UnsupportedModelError
-from ..evaluation.reading import Progress, read
+from ..evaluation.reading import Progress, first_ids, read
 from ..hooks.layers import leaves
 from ..models.conversion import make_prompt_cache
 from ..policies import RECALL_BLOCK
 from .pieces import AHEAD, Pieces
 from .record import MOST_SETTINGS, Inspection, LayerRecord, Recalled, Record
-
-# More characters than a token of any text has, on the mean over many.
-_CHARACTERS = 16
 
 
 def inspect(
@@ -90,9 +87,7 @@ def encode(
     """The tokens of a text; of a long one those wanted, and a few after them."""
     if not isinstance(text, str):
         return [int(i) for i in text]
-    if n is not None:
-        text = text[: _CHARACTERS * (n + AHEAD)]
-    return list(tokenizer.encode(text, verbose=False))
+    return first_ids(tokenizer, text, len(text) if n is None else n + AHEAD)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

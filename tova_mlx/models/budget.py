@@ -157,10 +157,16 @@ def device_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def weights_bytes(model: nn.Module) -> int:
+    """Bytes that a model's parameters take."""
+    leaves: Any = tree_flatten(model.parameters())
+    return sum(a.nbytes for _, a in leaves)
+
+
 def _spare(model: nn.Module, step: int) -> tuple[int, str]:
     """Bytes that are left for caches, and the sum in words."""
     leaves: Any = tree_flatten(model.parameters())
-    weights = sum(a.nbytes for _, a in leaves)
+    weights = weights_bytes(model)
     # Of the widest layers: their input, output and two of the kind between.
     widest = max(sum(a.shape) for _, a in leaves if a.ndim == 2 and a.shape[0] < 2**16)
     size = max(a.dtype.size for _, a in leaves)

@@ -127,13 +127,16 @@ class Disk:
         """As `Archive.take`."""
         numbers = self._numbers(np.array(columns))
         keys, values = self._take(numbers, "keys", "values")
-        return Rows(keys, values, self.positions(columns))
+        return Rows(keys, values, self._there(numbers, columns))
 
     def positions(self, columns: mx.array) -> mx.array:
         """As `Archive.positions`."""
+        return self._there(self._numbers(np.array(columns)), columns)
+
+    def _there(self, numbers: np.ndarray, columns: mx.array) -> mx.array:
+        """Columns themselves, -1 where the row of that number is gone or none is."""
         assert self._log is not None
-        there = self._numbers(np.array(columns)) >= self._log.first
-        return mx.where(to_mlx(there), columns, -1)
+        return mx.where(to_mlx(numbers >= self._log.first), columns, -1)
 
     def _all(self, start: int, stop: int) -> np.ndarray:
         """Positions from start to stop [B, n_kv_heads, ·]."""

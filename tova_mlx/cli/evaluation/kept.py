@@ -9,7 +9,7 @@ from ...evaluation.kinds import ENOUGH
 from ...tables import table
 from ..parameters import TEXT_FILE
 from .options import evaluation_options, quantised_options, recall_option
-from .runner import Evaluation, begin, first_ids
+from .runner import Evaluation, begin
 
 
 @click.command(short_help="Which tokens are kept")
@@ -39,6 +39,7 @@ def kept(text: Path, as_json: bool, **options: Any) -> None:
     loaded = begin(options, text, context=options["tokens"])
     from ...evaluation.kept import Kept, first_tokens, plot
     from ...evaluation.kinds import token_kinds
+    from ...evaluation.reading import first_ids
     from ...evaluation.results import Results
     from ...evaluation.statistics import scipy_stats
 

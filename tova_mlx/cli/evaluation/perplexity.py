@@ -9,7 +9,7 @@ from ...tables import table
 from ..parameters import TEXT_FILE
 from .figures import percent, pm
 from .options import evaluation_options, quantised_options, recall_option
-from .runner import Evaluation, begin, first_ids
+from .runner import Evaluation, begin
 
 
 @click.command(short_help="Perplexity of a long text")
@@ -43,6 +43,7 @@ def perplexity(text: Path, as_json: bool, **options: Any) -> None:
     """
     loaded = begin(options, text, context=options["context"])
     from ...evaluation.perplexity import Perplexity, cut, plot
+    from ...evaluation.reading import first_ids
     from ...evaluation.results import Results
 
     ids = first_ids(loaded.tokenizer, loaded.text, options["tokens"])

@@ -103,13 +103,6 @@ def wanted_settings(
         raise click.UsageError(in_options(str(error))) from error
 
 
-def first_ids(tokenizer: Any, text: str, n_tokens: int) -> list[int]:
-    """At least the first `n_tokens` tokens, if the text has them, not all of a book."""
-    # 16 characters a token are more than any text has; quietly, for the warning about
-    # the model's context is not meant for who reads in windows.
-    return list(tokenizer.encode(text[: 16 * n_tokens], verbose=False))
-
-
 @dataclass
 class Evaluation:
     """A measurement that goes on where it was, and what is made of it.
