@@ -31,10 +31,11 @@ from tova_mlx import (
     revert,
     save_prompt_cache,
 )
+from tova_mlx.attention import recalled
 from tova_mlx.caches.options import CacheOptions
 from tova_mlx.errors import CacheStateError, OptionError, UnsupportedModelError
 from tova_mlx.storage import disk_archive
-from tova_mlx.storage.archive import Archive
+from tova_mlx.storage.archive import Archive, Rows
 from tova_mlx.storage.disk_archive import Disk
 from tova_mlx.storage.formats import PLAIN
 from tova_mlx.storage.log_directory import LogDirectory
@@ -631,3 +632,33 @@ def test_a_directory_that_cannot_be_written_is_refused(model, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OptionError, match="archive"):
         make_prompt_cache(model, 60, recall=32, archive=tmp_path / "file" / "a")
+
+
+@pytest.mark.parametrize("length", [1, 70], ids=["rows", "whole"])
+def test_an_archive_is_read_in_tiles_as_in_one(monkeypatch, length):
+    rng = np.random.default_rng(5)
+    n, room = 16, 1024
+    # Unequal tiles: rows here and there, some blocks and a whole tile without any.
+    there = np.sort(rng.choice(600, 250, replace=False))
+    there = there[(there < 192) | (there >= 256)]
+    keys, values = rng.normal(size=(2, 1, 2, len(there), 64)).astype(np.float32)
+    queries = mx.array(rng.normal(size=(1, 6, length, 64)).astype(np.float32) / 4)
+    rows = Rows(mx.array(keys), mx.array(values), mx.array(there, mx.int32)[None, None])
+    archive = Archive(PLAIN).add(rows, room)
+    assert (length * n >= archive.room) == (length > 1)
+    want, columns = recalled.recall(queries, archive, n)
+    monkeypatch.setattr("tova_mlx.storage.archive.TILE", 64)
+    got, others = recalled.recall(queries, archive, n)
+    assert np.array_equal(columns, others)
+    for a, b in zip(got, want, strict=True):
+        assert np.abs(np.array(a) - np.array(b)).max() < 1e-5
+    # By hand: a head's rows of the block in which one of its group attends most.
+    for head, step in ((0, 0), (5, length - 1)):
+        kv = head // 3
+        logits = np.array(queries)[0, 3 * kv : 3 * kv + 3, step] @ keys[0, kv].T
+        block = there[logits.max(axis=0).argmax()] // 16
+        own, all_ = there // 16 == block, np.exp(logits[head % 3])
+        weights = all_[own] / all_[own].sum()
+        output = weights @ values[0, kv, own]
+        assert np.abs(np.array(got.output[0, head, step]) - output).max() < 1e-4
+        assert abs(got.total[0, head, step].item() - np.log(all_.sum())) < 1e-4
