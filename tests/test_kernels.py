@@ -16,10 +16,20 @@ from mslcheck import seeded
 from test_cache import CASES
 
 from tova_mlx import make_prompt_cache
-from tova_mlx.eviction import choice, kernels, kernels_wanted, scan_block, step_on_gpu
+from tova_mlx.eviction import (
+    choice,
+    choice_kernel,
+    kernels,
+    kernels_wanted,
+    scan_block,
+    step_kernel,
+    step_on_gpu,
+)
 from tova_mlx.eviction.scan import Columns, scan_on_cpu
 from tova_mlx.eviction.step import step_on_cpu
-from tova_mlx.policies import resolve_options
+from tova_mlx.policies import keydiff_kernel, resolve_options
+from tova_mlx.storage import metal
+from tova_mlx.storage.fields import Fresh
 
 POLICIES = ["tova", "h2o", "vatp", "fade"]
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
@@ -35,7 +45,7 @@ def kernels_run(monkeypatch):
             pytest.fail(reason)
         pytest.skip(reason)
     monkeypatch.setenv("TOVA_MLX_KERNELS", "on")
-    kernels._kernel.cache_clear()
+    forget_kernels()
     names = []
     with mslcheck.checked_kernels():
         make = mx.fast.metal_kernel
@@ -47,7 +57,14 @@ def kernels_run(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(mx.fast, "metal_kernel", counted)
             yield names
-    kernels._kernel.cache_clear()
+    forget_kernels()
+
+
+def forget_kernels():
+    """Kernels are made again when they are next asked for."""
+    for module in (kernels, step_kernel, choice_kernel, keydiff_kernel):
+        module._kernel.cache_clear()
+    metal.take_kernel.cache_clear()
 
 
 class Case:
@@ -111,6 +128,11 @@ class Case:
         if n_rows == 1:
             places = rng.permuted(places, axis=2)
         self.positions = mx.array(places, mx.int32)
+        # Where the newest token is: its score begins at none.
+        self.slot = self.positions.argmax(axis=2, keepdims=True)
+        if self.scores is not None and n_rows == 1:
+            zeros = mx.zeros(self.slot.shape)
+            self.scores = mx.put_along_axis(self.scores, self.slot, zeros, axis=2)
 
     def weights(self):
         """The newest query's, as the portable path has them."""
@@ -126,13 +148,49 @@ class Case:
         return f"{self.rule} {self.logits.shape} {self.dtype}"
 
 
+def by_kernel(case, evicts=True, scale=1.0):
+    """The kernel's step; what it must not read of the newest token is nonsense."""
+    slot = case.slot
+
+    def spoiled(array, nonsense):
+        if array is None:
+            return None
+        place = mx.broadcast_to(slot, (*array.shape[:2], 1))
+        filler = mx.full(place.shape, nonsense, array.dtype)
+        return mx.put_along_axis(array, place, filler, axis=2)
+
+    batch, n_kv_heads = len(case.logits), case.logits.shape[1] // case.group
+    values = mx.zeros((batch, n_kv_heads, 1, 5))
+    if case.norms is not None:
+        place = mx.broadcast_to(slot, (batch, n_kv_heads, 1))
+        norms = mx.take_along_axis(case.norms, place, axis=2)[..., None]
+        values = norms * mx.array([0.6, 0, -0.8, 0, 0])
+    return step_on_gpu(
+        case.logits,
+        spoiled(case.positions, -9),
+        spoiled(case.scores, mx.nan),
+        spoiled(case.norms, mx.nan),
+        Fresh(slot, None, values),
+        [NEWEST] * batch,
+        case.rule,
+        evicts=evicts,
+        scale=scale,
+        sinks=case.sinks,
+    )
+
+
 def check_step(case, off=2e-5):
-    """The scores of the portable path, and a victim that they allow."""
+    """What is known of the columns as in the portable path, and a victim it allows."""
     arguments = (case.positions, case.scores, case.norms, NEWEST, case.rule)
     want, _ = step_on_cpu(case.weights(), *arguments)
-    got, victim = step_on_gpu(case.logits, *arguments, evicts=True, sinks=case.sinks)
+    victim, got, places, norms = by_kernel(case)
     want = np.nan_to_num(np.array(want))
     np.testing.assert_allclose(np.array(got), want, rtol=off, atol=1e-7)
+    assert mx.array_equal(places, case.positions)
+    if case.norms is None:
+        assert norms is None
+    else:
+        np.testing.assert_allclose(np.array(norms), np.array(case.norms), rtol=1e-6)
     positions, victim = np.array(case.positions), np.array(victim)
     assert victim.dtype == np.uint32
     rule = case.rule
@@ -178,7 +236,8 @@ def enumerated(result, n_before, n_rows):
 def test_a_step_is_that_of_the_portable_path(kernels_run, first):
     for seed in range(first, first + 20):
         check_step(Case(seed))
-    assert kernels_run == ["tova_step"] * 20
+    assert len(kernels_run) == 20
+    assert set(kernels_run) == {"tova_step", "tova_step_weighted"}
 
 
 @pytest.mark.parametrize(
@@ -194,17 +253,27 @@ def test_a_step_over_as_many_columns_as_promised(kernels_run):
     check_step(Case(0, 65_536, 1), off=2e-4)
 
 
+def test_logits_are_scaled_in_the_kernel(kernels_run):
+    case = Case(1)
+    want = by_kernel(case)
+    case.logits = case.logits.astype(mx.float32) * 8
+    got = by_kernel(case, scale=0.125)
+    assert mx.array_equal(got.victim, want.victim)
+    np.testing.assert_allclose(np.array(got.scores), np.array(want.scores), rtol=1e-5)
+
+
 def test_one_token_is_its_own_victim(kernels_run):
     rule = resolve_options("tova", 1, {})
-    arguments = (mx.zeros((1, 1, 1), mx.int32), None, None, 0, rule)
-    scores, victim = step_on_gpu(mx.zeros((1, 4, 1, 1)), *arguments, evicts=True)
-    assert (scores.tolist(), victim.tolist()) == ([[[1.0]]], [[[0]]])
+    fresh = Fresh(mx.zeros((1, 1, 1), mx.uint32), None, mx.zeros((1, 4, 1, 2)))
+    arguments = (mx.zeros((1, 1, 1), mx.int32), None, None, fresh, [0], rule)
+    step = step_on_gpu(mx.zeros((1, 4, 1, 1)), *arguments, evicts=True)
+    assert (step.scores.tolist(), step.victim.tolist()) == ([[[1.0]]], [[[0]]])
 
 
 def test_a_step_that_evicts_nobody_updates_the_scores(kernels_run):
     case = Case(1)
     arguments = (case.positions, case.scores, case.norms, NEWEST, case.rule)
-    got, victim = step_on_gpu(case.logits, *arguments, evicts=False, sinks=case.sinks)
+    victim, got, _, _ = by_kernel(case, evicts=False)
     want, _ = step_on_cpu(case.weights(), *arguments)
     assert victim is None
     np.testing.assert_allclose(np.array(got), np.array(want), rtol=2e-5, atol=1e-7)
@@ -255,7 +324,8 @@ def test_a_cache_driven_by_kernels_is_that_without(
     assert all(map(np.array_equal, kept, kept_without))
     np.testing.assert_allclose(got, want, atol=1e-4)
     assert np.array_equal(got.argmax(-1), want.argmax(-1))
-    assert bool(kernels_run) == caches[0].rule.reads_attention
+    stepped = any(name.startswith("tova_step") for name in kernels_run)
+    assert stepped == caches[0].rule.reads_attention
 
 
 @pytest.mark.parametrize("policy", ["h2o", "fade"])
@@ -268,7 +338,7 @@ def test_a_cache_is_read_within_its_arrays_after_all_was_trimmed(kernels_run, po
         assert cache.trim(9) == 9
     got = tiny.feed(model, tokens, caches, 1)
     np.testing.assert_allclose(np.array(got), np.array(want), atol=1e-4)
-    assert "tova_step" in kernels_run
+    assert any(name.startswith("tova_step") for name in kernels_run)
 
 
 def test_a_step_without_scores_begins_at_none(kernels_run):
@@ -276,12 +346,13 @@ def test_a_step_without_scores_begins_at_none(kernels_run):
     logits = mx.random.normal((1, 4, 1, 5))
     positions = mx.arange(5, dtype=mx.int32).reshape(1, 1, 5)
     zeros = mx.zeros((1, 1, 5))
+    fresh = Fresh(4, None, mx.zeros((1, 4, 1, 2)))
     got, want = (
-        step_on_gpu(logits, positions, scores, None, 4, rule, evicts=True)
+        step_on_gpu(logits, positions, scores, None, fresh, [4], rule, evicts=True)
         for scores in (None, zeros)
     )
-    assert mx.array_equal(got[0], want[0])
-    assert mx.array_equal(got[1], want[1])
+    assert mx.array_equal(got.victim, want.victim)
+    assert mx.array_equal(got.scores, want.scores)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -308,7 +379,7 @@ def test_a_batch_driven_by_kernels_is_that_without(kernels_run, monkeypatch, pol
 def test_nothing_waits_for_the_device(monkeypatch, policy):
     # While a graph is traced, evaluating any of it raises; so does `item`.
     monkeypatch.setenv("TOVA_MLX_KERNELS", "on")
-    kernels._kernel.cache_clear()
+    forget_kernels()
     model = tiny.make()
     caches = make_prompt_cache(model, 16, policy=policy)
     ran = []
@@ -333,10 +404,14 @@ def test_nothing_waits_for_the_device(monkeypatch, policy):
         return [token, *(c.slots.victim for c in caches)]
 
     mx.compile(generate)(tiny.tokens(30), mx.array([[1]]))
-    kernels._kernel.cache_clear()
+    forget_kernels()
     layers = len(caches)
     assert sum("tova_scan" in name for name in ran) == layers
-    assert ran[layers:] == ["tova_step"] * 4 * layers
+    kinds = [name.removesuffix("_weighted") for name in ran[layers:]]
+    assert kinds.count("tova_step") == 4 * layers
+    # The first step evicts nothing that was not evicted in the prompt.
+    assert len([k for k in kinds if k.startswith("tova_take")]) == 3 * layers
+    assert len(kinds) == 7 * layers
 
 
 def test_who_chooses_the_kernels(monkeypatch):

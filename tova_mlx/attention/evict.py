@@ -4,27 +4,29 @@ import mlx.core as mx
 import numpy as np
 
 from ..eviction import (
-    choose_victim,
+    choose_on_gpu,
     kernels_wanted,
     scored_step,
+    scores_of_step,
     step_on_cpu,
     step_on_gpu,
     window_columns,
 )
+from ..policies import Rule
 from ..storage.entries import Entries, first_slots, to_mlx
 from ..storage.journal import ScoresBefore
 from ..storage.slots import Slots
 from ..storage.stack import Stack
 from .arguments import AttentionArgs
 from .block import BlockResult, attend_block
-from .logits import masked_logits
+from .logits import raw_logits
 from .softmax import attend_newest, plain_attention
 
 
-def mark_oldest(slots: Slots | Stack) -> None:
-    """Mark the oldest token that is not protected: its slot is the next token's."""
-    assert slots.positions is not None
-    slots.mark(choose_victim(slots.positions, None, slots.newest, slots.rule))
+def left_to_kernel(rule: Rule, length: int) -> bool:
+    """Whether a kernel writes what is known of new tokens, as it chooses a victim."""
+    chosen = rule.reads_attention or rule.score_on_gpu is not None
+    return chosen and length == 1 and kernels_wanted()
 
 
 def evict_oldest(slots: Slots) -> None:
@@ -45,40 +47,38 @@ def attend_and_evict(
 ) -> mx.array:
     """Attend with one new token per batch row; mark which is evicted after it."""
     n, rule = keys.shape[2], slots.rule
+    if not kernels_wanted():
+        slots.settle()
     norms = first_slots(slots.value_norms, n)
     scores = first_slots(slots.scores, n)
     victim, worth = None, None
     if rule.score is not None:
         output, _ = attend_newest(queries, keys, values, args)
         if slots.evicted:
-            assert slots.positions is not None
-            victim, worth = scored_step(
-                first_slots(slots.keys_to_read, n),
-                first_slots(slots.values, n),
-                first_slots(slots.positions, n),
-                slots.held,
-                slots.newest,
-                rule,
-            )
+            victim, worth = _scored(slots, n)
     elif kernels_wanted():
         # Two passes over the keys: the fused attention gives no weights. The slots go
         # whole into both, the kernel has their logits only, and nothing holds on to
         # them: a view that a kernel makes contiguous, or a second reference when the
         # next token is written, would be a copy of the cache.
         output = plain_attention(queries, keys, values, args)
-        logits = masked_logits(queries, keys, args, own_type=True)
-        scores, victim = step_on_gpu(
+        assert slots.fresh is not None
+        logits, scale = raw_logits(queries, keys, args)
+        step = step_on_gpu(
             logits,
             slots.positions_of(n),
             scores,
             norms,
-            slots.newest,
+            slots.fresh,
+            slots.newest_of_rows,
             rule,
             evicts=slots.evicted,
+            scale=scale,
             sinks=args.sinks,
         )
-        slots.remember(scores)
-        worth = scores
+        slots.settle_as(step.positions, step.value_norms)
+        slots.remember(step.scores)
+        victim, worth = step.victim, step.scores
     else:
         output, weights = attend_newest(queries, keys, values, args)
         there = slots.positions if slots.evicted else None
@@ -90,6 +90,26 @@ def attend_and_evict(
     else:
         slots.victim = None
     return slots.tied(output)
+
+
+def _scored(slots: Slots | Stack, n: int) -> tuple[mx.array, mx.array]:
+    """The victim [B, H', 1] of the first n slots by the rule's score, and the scores.
+
+    The scores are [B, H', n], or those of all KV heads.
+    """
+    entries = first_slots(slots.keys_to_read, n), first_slots(slots.values, n)
+    positions, rule = slots.positions_of(n), slots.rule
+    if slots.fresh is None:
+        known = (*entries, positions, slots.held)
+        return scored_step(*known, slots.newest, rule)
+    # Of the newest token's position nothing is read by a policy's score but its own.
+    scores = scores_of_step(*entries, positions, slots.held, rule)
+    fresh, newest = slots.fresh, slots.newest_of_rows
+    victim, positions = choose_on_gpu(
+        scores, positions, fresh, newest, rule, slots.held
+    )
+    slots.settle_as(positions, None)
+    return victim, scores if rule.per_head else scores.mean(axis=1, keepdims=True)
 
 
 def attend_and_keep(

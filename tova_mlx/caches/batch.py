@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..attention.arguments import AttentionArgs
-from ..attention.evict import attend_and_evict, mark_oldest
+from ..attention.evict import attend_and_evict, left_to_kernel
 from ..attention.softmax import attend_newest
 from ..errors import CacheStateError
 from ..hooks.layers import total
@@ -196,9 +196,7 @@ class BatchPolicyKVCache(PolicyCache):
             self._stack, self._rows = Stack(parts, keys, values), []
         # Changed apart and put in place at the end: what fails leaves no trace.
         stack = self._stack.twin()
-        given = stack.append(keys, values)
-        if stack.evicted and self.rule.by_age:
-            mark_oldest(stack)
+        given = stack.append(keys, values, settle=not left_to_kernel(self.rule, 1))
         self._stack = stack
         return self._shared.give(given)
 

@@ -14,7 +14,7 @@ from ..attention.evict import (
     attend_and_evict,
     attend_and_keep,
     evict_oldest,
-    mark_oldest,
+    left_to_kernel,
 )
 from ..attention.recalled import recall
 from ..attention.softmax import attend_newest, plain_attention
@@ -48,9 +48,9 @@ def store(slots: Slots, chunk: Chunk) -> tuple[Entries, Entries]:
     fits = rule.max_size is None or slots.offset + length <= rule.max_size
     # A memory must see every query, so even a chunk that fits is scanned.
     if length == 1 or (fits and not rule.memory):
-        entries = slots.append(*chunk)
+        entries = slots.append(*chunk, settle=not left_to_kernel(rule, length))
         if slots.evicted and rule.by_age:
-            mark_oldest(slots)
+            slots.mark_oldest()
     else:
         entries = slots.extend(*chunk)
         if rule.by_age:
@@ -79,6 +79,7 @@ def attend(
     if rule.memory or slots.evicted:
         result = attend_and_keep(slots, queries, keys, values, args, once=once)
         return Attended(result.output, result.blocks)
+    slots.settle()
     return Attended(slots.tied(plain_attention(queries, keys, values, args)))
 
 

@@ -278,43 +278,6 @@ def _launch(
     )
 
 
-def step_on_gpu(
-    logits: mx.array,
-    positions: mx.array,
-    scores: mx.array | None,
-    value_norms: mx.array | None,
-    newest: int | mx.array,
-    rule: Rule,
-    *,
-    evicts: bool,
-    sinks: mx.array | None = None,
-) -> tuple[mx.array, mx.array | None]:
-    """Scores float32 [B, H', S] after the newest query's logits [B, n_heads, 1, S].
-
-    And the victim uint32 [B, H', 1], or None. positions, scores: [B, H', S], in any
-    order; value_norms: [B, n_kv_heads, S]; newest: the position of the newest token, or
-    of each batch row's [B, 1, 1].
-    """
-    batch, heads, columns = positions.shape
-    flat = (batch * heads, columns)
-    new_scores, victim = _launch(
-        logits,
-        Columns(
-            positions.reshape(flat),
-            None if scores is None else scores.reshape(flat),
-            value_norms,
-        ),
-        _per_row(newest, batch),
-        rule,
-        first_evicting=0 if evicts else 1,
-        block=False,
-        n_before=0,
-        sinks=sinks,
-    )
-    new_scores = new_scores.reshape(positions.shape)
-    return new_scores, victim.reshape(batch, heads, 1) if evicts else None
-
-
 def scan_on_gpu(
     logits: mx.array,
     columns: Columns,

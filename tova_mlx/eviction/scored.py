@@ -8,7 +8,8 @@ from typing import Any
 import mlx.core as mx
 
 from ..policies import Rule
-from ..storage.entries import Entries, dequantized
+from ..storage.device import kernels_wanted
+from ..storage.entries import Entries, dequantized, is_plain
 from .scan import ScanResult
 from .step import choose_victim
 
@@ -28,11 +29,29 @@ def scored_step(
     positions: int32 [B, H', S]; held: bool [B, 1, S], all if None; newest: the position
     of the newest token, or of each batch row's [B, 1, 1].
     """
-    if held is None:
-        held = mx.ones(positions.shape, mx.bool_)
-    held = mx.broadcast_to(held, positions.shape)
-    scores = _scores(_prepared(keys, values, rule), positions, held, rule)
+    scores = scores_of_step(keys, values, positions, held, rule)
+    if held is not None:
+        held = mx.broadcast_to(held, positions.shape)
+    if not rule.per_head:
+        scores = scores.mean(axis=1, keepdims=True)
     return choose_victim(positions, scores, newest, rule, held), scores
+
+
+def scores_of_step(
+    keys: Entries,
+    values: Entries,
+    positions: mx.array,
+    held: mx.array | None,
+    rule: Rule,
+) -> mx.array:
+    """Return the policy's scores, float32 [B, n_kv_heads, S]; see `scored_step`."""
+    assert rule.score is not None
+    if rule.score_on_gpu is not None and is_plain(keys) and kernels_wanted():
+        return rule.score_on_gpu(keys, held)
+    shape = positions.shape
+    there = mx.ones(shape, mx.bool_) if held is None else mx.broadcast_to(held, shape)
+    scores = rule.score(*_prepared(keys, values, rule), positions, there)
+    return mx.broadcast_to(scores.astype(mx.float32), keys.shape[:3])
 
 
 def scored_scan(

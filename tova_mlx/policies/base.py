@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
     Score: TypeAlias = Callable[[Any, Any, mx.array, mx.array], mx.array]
+    ScoreOnGpu: TypeAlias = Callable[[mx.array, mx.array | None], mx.array]
     Prepare: TypeAlias = Callable[[mx.array, mx.array], tuple[Any, Any]]
 
 Granularity = Literal["layer", "head"]
@@ -60,6 +61,7 @@ class Rule:
     score: Score | None = None
     prepare: Prepare | None = None
     pinned: int = 0
+    score_on_gpu: ScoreOnGpu | None = None
 
     @property
     def by_age(self) -> bool:
@@ -73,7 +75,7 @@ class Rule:
 
     def as_dict(self) -> dict[str, Any]:
         """The rule as JSON can hold it; `reads_keys` for a score of its own."""
-        others = ("score", "prepare", "pinned")
+        others = ("score", "prepare", "pinned", "score_on_gpu")
         own = {k: v for k, v in vars(self).items() if k not in others}
         return {**own, "reads_keys": self.score is not None}
 
@@ -118,6 +120,9 @@ class Policy:
         prepare: `prepare(keys, values)`, two things to be given to `score` in their
             place: what of them is the same whichever tokens are held is then made
             once for a block of a prompt instead of once for every token.
+        score_on_gpu: `score_on_gpu(keys, held)`, the same scores of keys that are not
+            quantised, of any type, as a Metal kernel, for the steps of generation; held
+            is None where every slot holds a token.
 
     Raises:
         OptionError: a combination that means nothing.
@@ -136,6 +141,7 @@ class Policy:
     recent_share: float = 0.0
     score: Score | None = None
     prepare: Prepare | None = None
+    score_on_gpu: ScoreOnGpu | None = None
 
     def __post_init__(self) -> None:
         if not self.name.replace("-", "_").isidentifier():
@@ -213,6 +219,7 @@ class Policy:
             ),
             score=self.score,
             prepare=self.prepare,
+            score_on_gpu=self.score_on_gpu,
         )
         self._check(rule)
         return rule

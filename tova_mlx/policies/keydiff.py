@@ -65,6 +65,13 @@ def score(
     return mx.where(length > 0, distances / (2 * length), 0.0)
 
 
+def score_on_gpu(keys: mx.array, held: mx.array | None) -> mx.array:
+    """Return the scores of keys [B, n_kv_heads, S, head_dim], see `score`."""
+    from .keydiff_kernel import scores_on_gpu
+
+    return scores_on_gpu(keys, held)
+
+
 KEYDIFF = Policy(
     name="keydiff",
     keeps="the keys least similar to the mean key",
@@ -72,4 +79,5 @@ KEYDIFF = Policy(
     granularity="head",
     prepare=prepare,
     score=score,
+    score_on_gpu=score_on_gpu,
 )

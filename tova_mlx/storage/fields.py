@@ -6,12 +6,14 @@ Shapes: B rows of the batch, S slots; entries [B, n_kv_heads, S, head_dim]; H' i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 
 from ..policies import Rule
-from .entries import arrays_of, first_slots, is_plain, write
+from .entries import arrays_of, first_slots, is_plain, pad, write
 from .formats import Storage
 from .rotation import Renumbering, RotatedEntries
 
@@ -49,9 +51,36 @@ def slots_to_allocate(n: int, limit: int | None) -> int:
     return slots if limit is None else min(slots, limit + 1)
 
 
+def positions_by_age(
+    rule: Rule, n: int, newest: int, slot: int
+) -> npt.NDArray[np.int32]:
+    """Return the position in each of n slots when the newest token went into `slot`.
+
+    rule: one that evicts by age, so that each token went into the slot after the one
+    before it, and past the last slot came the first that is not protected.
+    """
+    slots = np.arange(n, dtype=np.int32)
+    if rule.max_size is None:
+        return slots
+    ages = (slot - slots) % (rule.max_size + 1 - rule.n_sinks)
+    return np.where(slots < rule.n_sinks, slots, newest - ages).astype(np.int32)
+
+
 def norms_of(values: mx.array) -> mx.array:
     """Return the L2 norms of values [..., head_dim], float32."""
     return mx.linalg.norm(values.astype(mx.float32), axis=-1)
+
+
+class Fresh(NamedTuple):
+    """New tokens whose entries are written, and nothing else of them yet.
+
+    slot: where, as `entries.write` takes it; positions: int32 [B, H', n]; values:
+    [B, n_kv_heads, n, head_dim], as they came.
+    """
+
+    slot: mx.array | int
+    positions: mx.array
+    values: mx.array
 
 
 class SlotFields:
@@ -59,7 +88,6 @@ class SlotFields:
 
     Attributes:
         keys, values: entries, or None while empty.
-        positions: int32 [B, H', S], or None where slot i holds position i.
         scores: float32 [B, H', S], for rules with memory.
         value_norms: float32 [B, n_kv_heads, S], L2, for value-weighted rules.
         rotary: int32 [B, H', S], the rotary position of each token, or None where that
@@ -67,6 +95,7 @@ class SlotFields:
         stored_rotary: int32 [B, H', S], the one that the stored key is rotated for, or
             None where that is the same.
         victim: uint32 [B, H', 1], the slot to write next, or None.
+        fresh: what `settle` has to write, or None.
     """
 
     def __init__(
@@ -75,12 +104,42 @@ class SlotFields:
         self.rule, self.storage, self.renumbering = rule, storage, renumbering
         self.keys: Any = None
         self.values: Any = None
-        self.positions: mx.array | None = None
+        self._known_positions: mx.array | None = None
+        # Whether they are of before the newest token, see `positions`.
+        self._behind = False
         self.scores: mx.array | None = None
         self.value_norms: mx.array | None = None
         self.rotary: mx.array | None = None
         self.stored_rotary: mx.array | None = None
         self.victim: mx.array | None = None
+        self.fresh: Fresh | None = None
+
+    @property
+    def positions(self) -> mx.array | None:
+        """Int32 [B, H', S], or None where slot i holds position i.
+
+        Those of a rule that evicts by age are known from how many tokens came, and
+        written down when somebody asks.
+        """
+        if self._behind:
+            self._known_positions, self._behind = self._positions_by_age(), False
+        return self._known_positions
+
+    @positions.setter
+    def positions(self, positions: mx.array | None) -> None:
+        self._known_positions, self._behind = positions, False
+
+    def count_positions(self) -> None:
+        """Have the positions of a rule that evicts by age made when they are read."""
+        self._known_positions, self._behind = None, True
+
+    def _positions_by_age(self) -> mx.array:
+        """The positions of a rule that evicts by age, once it has evicted."""
+        raise NotImplementedError
+
+    def slot_after(self, slot: int) -> int:
+        """Return where the next token goes if a rule evicts by age; slot: the last."""
+        return self.rule.n_sinks if slot == self.rule.max_size else slot + 1
 
     def twin(self) -> Self:
         """Return the same slots, to be changed while these stay as they are.
@@ -158,30 +217,53 @@ class SlotFields:
         Nothing else may read it for thousands of steps, and each would keep its graph,
         and with it the step's arrays, alive.
         """
-        known = (*(getattr(self, name) for name in PER_SLOT[2:]), self.victim)
+        known = [getattr(self, name) for name in PER_SLOT[3:]]
+        if not self.rule.by_age:
+            known += [self.positions, self.victim]
         read = [a for a in known if a is not None] + self.tied_to
         return mx.depends([output], read)[0] if read else output
 
     def write_tokens(
         self,
-        slot: mx.array,
+        slot: mx.array | int,
         keys: mx.array,
         values: mx.array,
         positions: mx.array,
         shift: int | mx.array,
     ) -> None:
-        """Write new tokens into the slots that `entries.write` takes.
+        """Write new tokens into the slots that `entries.write` takes, but for `fresh`.
 
-        keys, values: [B, n_kv_heads, n, head_dim]; positions: int32 [B, H', n], read
-        only where positions are stored; shift: how far rotary positions are behind.
+        keys, values: [B, n_kv_heads, n, head_dim]; positions: int32 [B, H', n]; shift:
+        how far rotary positions are behind.
         """
         new_keys, new_values = self.storage.store(keys, values)
         self.keys = write(self.keys, new_keys, slot)
         self.values = write(self.values, new_values, slot)
-        if self.positions is not None:
-            self.positions = write(self.positions, positions, slot)
         for name in ("rotary", "stored_rotary"):
             if (array := getattr(self, name)) is not None:
                 setattr(self, name, write(array, positions - shift, slot))
+        self.fresh = Fresh(slot, positions, values)
+
+    def settle_as(self, positions: mx.array, value_norms: mx.array | None) -> None:
+        """Take what was written of the first n slots, the newest tokens included."""
+        self.fresh = None
+        if self.positions is not None:
+            self.positions = pad(positions, 0, self.keys.shape[2] - positions.shape[2])
+        if value_norms is not None:
+            n = self.keys.shape[2] - value_norms.shape[2]
+            self.value_norms = pad(value_norms, 0, n)
+
+    def settle(self) -> None:
+        """Write what is known of the newest tokens, unless that was done."""
+        if self.fresh is None:
+            return
+        slot, positions, values = self.fresh
+        self.fresh = None
+        if self.rule.by_age:
+            return
+        if self.positions is not None:
+            self.positions = write(self.positions, positions, slot)
         if self.value_norms is not None:
             self.value_norms = write(self.value_norms, norms_of(values), slot)
+        if self.scores is not None:
+            self.scores = write(self.scores, mx.zeros(positions.shape), slot)

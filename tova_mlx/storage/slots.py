@@ -23,18 +23,19 @@ from .entries import (
     nbytes,
     pad,
     to_mlx,
-    write,
 )
 from .fields import (
     PER_SLOT,
     SlotFields,
     norms_of,
     position_range,
+    positions_by_age,
     slots_to_allocate,
     tokens_held,
 )
 from .formats import PLAIN, Storage
 from .journal import Evicted, Journal, Renumbered, ScoresBefore
+from .metal import take_slots
 from .observer import Observer
 from .recall import Recall
 from .rotation import Renumbering
@@ -48,6 +49,8 @@ class Slots(SlotFields):
     Attributes:
         offset: tokens seen.
         shift: how far the next token's rotary position is behind its index.
+        written: the slot of the newest token, if the rule evicts by age and there is a
+            victim.
         victim: as in `SlotFields`; None: the next slot to write is `size()`.
         journal: what the last steps destroyed.
         observer: who wants to know what is evicted.
@@ -63,7 +66,7 @@ class Slots(SlotFields):
         recall: Recall | None = None,
     ):
         super().__init__(rule, storage, renumbering)
-        self.offset = self.shift = 0
+        self.offset = self.shift = self.written = 0
         self.journal, self.recall = Journal(journal), recall
         self.observer = Observer()
 
@@ -80,6 +83,11 @@ class Slots(SlotFields):
     def newest(self) -> int:
         """The position of the newest token."""
         return self.offset - 1
+
+    @property
+    def newest_of_rows(self) -> list[int]:
+        """The position of the newest token, for each row of the batch."""
+        return [self.newest] * self.keys.shape[0]
 
     @property
     def taken(self) -> int:
@@ -124,22 +132,31 @@ class Slots(SlotFields):
             slots += self.recall.max_nbytes(row, self.keys)
         return slots + per_step * self.journal.length + renumbered
 
-    def append(self, keys: mx.array, values: mx.array) -> tuple[Entries, Entries]:
-        """Write one token, or several that evict nothing; return all entries held."""
+    def append(
+        self, keys: mx.array, values: mx.array, *, settle: bool = True
+    ) -> tuple[Entries, Entries]:
+        """Write one token, or several that evict nothing; return all entries held.
+
+        settle: whether what is known of it is written too, or left to the caller.
+        """
         start, length = self.size(), keys.shape[2]
         n = start + length
         if self.victim is None:
             self._reserve(n, keys, values)
         self._log_scores()
         self._log_victim()
-        slot = mx.array([start]) if self.victim is None else self.victim
+        slot = start if self.victim is None else self.victim
+        if self.rule.by_age:
+            slot = start if self.victim is None else self.slot_after(self.written)
+            self.written = slot + length - 1
         new = self._positions(keys, self.offset, length)
         self.write_tokens(slot, keys, values, new, self.shift)
-        if self.scores is not None and self.victim is not None:
-            zero = mx.zeros((*self.scores.shape[:2], length))
-            self.scores = write(self.scores, zero, slot)
+        if settle:
+            self.settle()
         self.offset += length
-        if self.positions is None and n > self.size():
+        if self.evicted and self.rule.by_age:
+            self.count_positions()
+        elif self.evicted and self.positions is None:
             self.positions = self._positions(self.keys, 0, n)
         return first_slots(self.keys_to_read, n), first_slots(self.values, n)
 
@@ -216,10 +233,13 @@ class Slots(SlotFields):
             steps = [self.newest] * n if once else range(self.offset - n, self.offset)
             self.observer.evicted(steps, gather(self.positions, columns), scores)
         if n and self.recall is not None:
-            self._log_for_recall(columns)
+            there = (self.keys, self.values, self.positions)
+            self._log_for_recall(Rows(*(gather(e, columns) for e in there)))
         n = 0 if once else min(self.journal.length, n)
         if n:
-            self._log(columns[..., -n:])
+            late = columns[..., -n:]
+            there = self._to_log
+            self._log([None if e is None else gather(e, late) for e in there])
 
     def mark(self, victim: mx.array, scores: mx.array | None = None) -> None:
         """Mark the slot [B, H', 1] of the token that is evicted now.
@@ -232,6 +252,17 @@ class Slots(SlotFields):
             if scores is not None and self.observer.wants_scores:
                 own = gather(scores, victim)
             self.observer.evicted([self.newest], gather(self.positions, victim), own)
+
+    def mark_oldest(self) -> None:
+        """Mark the oldest token that is not protected, of a rule that evicts by age."""
+        batch = self.keys.shape[0]
+        slot = self.slot_after(self.written)
+        self.mark(to_mlx(np.full((batch, 1, 1), slot, np.uint32)))
+
+    def _positions_by_age(self) -> mx.array:
+        batch, n = self.keys.shape[0], self.keys.shape[2]
+        row = positions_by_age(self.rule, n, self.newest, self.written)
+        return to_mlx(np.broadcast_to(row, (batch, 1, n)))
 
     def can_take_back(self, n: int) -> bool:
         """Whether the newest n tokens can be taken back exactly."""
@@ -370,42 +401,41 @@ class Slots(SlotFields):
         order = self.order()
         return self._held(self.keys_to_read, order), self._held(self.values, order)
 
-    def _log(self, columns: Any) -> None:
-        """Into the journal with columns [B, H', n], the last of the last step."""
-        n = columns.shape[2]
+    @property
+    def _to_log(self) -> list[Any]:
+        """What the journal keeps of a token, of all slots."""
         there = [self.keys, self.values, self.positions, self.value_norms]
         if self.renumbering is not None:
             rotary = self.positions if self.rotary is None else self.rotary
             stored = rotary if self.stored_rotary is None else self.stored_rotary
             there += [rotary, stored if self.keeps_stored else None]
-        logged = [None if e is None else gather(e, columns) for e in there]
+        return there
+
+    def _log(self, logged: list[Any]) -> None:
+        """Into the journal with n tokens of `_to_log`, the last of the last step."""
+        n = logged[0].shape[2]
         first = self.offset - n
         self.journal = self.journal.with_evicted(
             *(Evicted(first + i, *(_token(e, i) for e in logged)) for i in range(n))
         )
 
     def _log_victim(self) -> None:
-        if self.victim is None:
+        if self.victim is None or not (self.journal.length or self.recall is not None):
             return
-        read: list[mx.array] = []
+        logged = take_slots(self._to_log, self.victim)
         if self.journal.length:
-            self._log(self.victim)
-            last = self.journal.evicted[-1][1:]
-            read += [a for part in last for a in arrays_of(part)]
+            self._log(logged)
         if self.recall is not None:
-            rows = self._log_for_recall(self.victim)
-            read += [a for part in rows for a in arrays_of(part)]
+            self._log_for_recall(Rows(*logged[:3]))
+        read = [a for part in logged for a in arrays_of(part)]
         # Read before the slot is written: a read that waits turns the write in place
         # into a copy.
         self.keys, self.values = after(self.keys, read), after(self.values, read)
 
-    def _log_for_recall(self, columns: mx.array) -> Rows:
-        """Give the tokens of columns [B, H', n], in order of step, to the recall."""
+    def _log_for_recall(self, rows: Rows) -> None:
+        """Give tokens, in order of step, to the recall."""
         assert self.recall is not None
-        there = (self.keys, self.values, self.positions)
-        rows = Rows(*(gather(entries, columns) for entries in there))
         self.recall = self.recall.with_evicted(rows)
-        return rows
 
     def _log_scores(self) -> None:
         if self.scores is None or not self.journal.length or not self.offset:

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
-from .entries import Entries, arrays_of, each, first_slots, join, nbytes, pad, write
+from .entries import Entries, arrays_of, each, first_slots, join, nbytes, pad, to_mlx
 from .fields import (
     PER_SLOT,
     SlotFields,
     position_range,
+    positions_by_age,
     slots_to_allocate,
     tokens_held,
 )
@@ -71,8 +73,10 @@ class Stack(SlotFields):
             if slot is None:
                 slot = mx.full((1, heads, 1), part.size(), mx.uint32)
             slots.append(slot)
-        # Where the next token of each row goes.
+        # Where the next token of each row goes; where its last one went, for rules that
+        # evict by age.
         self._slot = mx.concatenate(slots)
+        self._written = [p.size() - 1 if p.victim is None else p.written for p in parts]
 
     @property
     def evicted(self) -> bool:
@@ -84,6 +88,11 @@ class Stack(SlotFields):
     def newest(self) -> mx.array:
         """The position of each row's newest token, int32 [B, 1, 1]."""
         return mx.array(self.offsets, mx.int32)[:, None, None] - 1
+
+    @property
+    def newest_of_rows(self) -> list[int]:
+        """The position of each row's newest token."""
+        return [o - 1 for o in self.offsets]
 
     @property
     def held(self) -> mx.array | None:
@@ -106,8 +115,13 @@ class Stack(SlotFields):
         per_slot = sum(nbytes(getattr(self, name)) for name in PER_SLOT) // slots
         return self.nbytes + per_slot * (self.rule.max_size + 1 - slots)
 
-    def append(self, keys: mx.array, values: mx.array) -> tuple[Entries, Entries]:
-        """Write one token a row; return the entries [B, n_kv_heads, n, ·] to see."""
+    def append(
+        self, keys: mx.array, values: mx.array, *, settle: bool = True
+    ) -> tuple[Entries, Entries]:
+        """Write one token a row; return the entries [B, n_kv_heads, n, ·] to see.
+
+        settle: whether what is known of it is written too, or left to the caller.
+        """
         limit = self.rule.max_size
         n = max(tokens_held(o, limit) for o in self.offsets) + 1
         if n > self.keys.shape[2]:
@@ -116,11 +130,17 @@ class Stack(SlotFields):
         new = mx.broadcast_to(self.newest + 1, slot.shape)
         shift = mx.array(self.shifts, mx.int32)[:, None, None]
         self.write_tokens(slot, keys, values, new, shift)
-        if self.scores is not None:
-            self.scores = write(self.scores, mx.zeros(slot.shape), slot)
+        if settle:
+            self.settle()
+        if self.rule.by_age:
+            self.count_positions()
         self.offsets = [o + 1 for o in self.offsets]
-        free = mx.array([tokens_held(o, limit) for o in self.offsets], mx.uint32)
-        self._slot = mx.broadcast_to(free[:, None, None], slot.shape)
+        self._written = [self.slot_after(s) for s in self._written]
+        following = [tokens_held(o, limit) for o in self.offsets]
+        if self.rule.by_age:
+            following = [self.slot_after(s) for s in self._written]
+        free = np.array(following, np.uint32)[:, None, None]
+        self._slot = to_mlx(np.broadcast_to(free, slot.shape))
         self.victim = None
         return first_slots(self.keys_to_read, n), first_slots(self.values, n)
 
@@ -131,6 +151,13 @@ class Stack(SlotFields):
         if when is None or limit is None:
             return False
         return any(o > limit and when.is_due(o) for o in self.offsets)
+
+    def _positions_by_age(self) -> mx.array:
+        rows = [
+            positions_by_age(self.rule, self.keys.shape[2], offset - 1, written)
+            for offset, written in zip(self.offsets, self._written, strict=True)
+        ]
+        return to_mlx(np.stack(rows)[:, None])
 
     def mark(self, victim: mx.array, scores: mx.array | None = None) -> None:
         """Mark the slots [B, H', 1] of the tokens that full rows evict now.
@@ -148,6 +175,7 @@ class Stack(SlotFields):
         """Return one row by itself, in arrays of its own, with an empty journal."""
         part = Slots(self.rule, journal, self.storage, self.renumbering)
         part.offset, part.shift = self.offsets[row], self.shifts[row]
+        part.written = self._written[row]
         here = slice(row, row + 1)
         if part.evicted:
             part.victim = mx.contiguous(self._next_slot()[here])
@@ -157,6 +185,10 @@ class Stack(SlotFields):
                     n = part.taken
                     own = each(lambda a, n=n: mx.contiguous(a[here, :, :n]), entries)
                     setattr(part, name, own)
+        if self.rule.by_age:
+            part.positions = None
+            if part.evicted:
+                part.count_positions()
         if not part.shift:
             part.rotary = part.stored_rotary = None
         # Now: what waits would keep all rows alive, and turn their next write in

@@ -12,6 +12,7 @@ import numpy as np
 from ..errors import CacheStateError
 from ..policies import POLICIES, Rule, resolve_options
 from .entries import Entries, first_slots, gather, is_plain
+from .fields import positions_by_age
 from .formats import Storage
 from .recall_state import empty_recall, fill_recall, recall_to_state
 from .rotation import Renumbering
@@ -100,6 +101,11 @@ def from_state(state: tuple[Any, ...]) -> tuple[Slots, dict[str, Any]]:
             slots.value_norms = None
         slots.offset = offset
         _check(slots)
+        if rule.by_age and not slots.evicted:
+            # Rows of a batch had them; they are those of the slots.
+            slots.positions = None
+        elif rule.by_age and slots.victim is not None:
+            slots.written = _written_last(slots)
         if recall is not None and slots.keys is not None:
             slots.recall = fill_recall(recall, kept, slots)
     except _WRONG as error:
@@ -201,6 +207,20 @@ def _check_positions(slots: Slots) -> None:
         and _end(there, recent + newest if rule.by_age else newest, offset)
     ):
         raise ValueError(f"positions that {rule.policy} cannot hold")
+
+
+def _written_last(slots: Slots) -> int:
+    """Return the slot of the newest token, of a rule that evicts by age."""
+    assert slots.positions is not None
+    assert slots.victim is not None
+    positions = np.array(slots.positions)
+    written = int(positions[0, 0].argmax())
+    n = positions.shape[2]
+    there = positions_by_age(slots.rule, n, slots.newest, written)
+    victims = np.array(slots.victim)
+    if (positions != there).any() or (victims != slots.slot_after(written)).any():
+        raise ValueError(f"slots that {slots.rule.policy} does not fill like that")
+    return written
 
 
 def _check_rotary(slots: Slots) -> None:
