@@ -10,24 +10,23 @@ _NOT_WRITTEN = (Kind.NOT_WRITTEN, Kind.UNINITIALISED)
 _EARLY = (Kind.RACE, Kind.UNINITIALISED)
 
 _BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
-_HEADS = f"{_BARRIER}\n    for (int h = tid; h < HEADS"
-_COLUMNS = f"{_BARRIER}\n\n    float lowest"
+_HEADS = f"{_BARRIER}\n  for (int h = tid; h < HEADS"
+_COLUMNS = f"{_BARRIER}\n\n  float lowest"
 _BEST = f"{_BARRIER}\n    for (int s = 0"
-_EVICTION = f"}}\n    {_BARRIER}\n#else"
 _SHUFFLE = "const float other_score = simd_shuffle_xor(lowest, apart);"
 _OWN = "size_t(choice) * n_columns;"
+_MEAN = f"{_BARRIER}\n  for (int d = tid"
+_DISTANCES = f"{_BARRIER}\n\n  float of_mean"
 
 
 def _without(old: str) -> str:
     return old.replace(_BARRIER, "")
 
 
-BUGS = [
-    Bug("no barrier after the flags", f"{_BARRIER}\n#define", "\n#define", _EARLY),
+STEP = [
     Bug("no barrier before the heads", _HEADS, _without(_HEADS), _EARLY),
     Bug("no barrier before the columns", _COLUMNS, _without(_COLUMNS), _EARLY),
     Bug("no barrier before the best", _BEST, _without(_BEST), _EARLY),
-    Bug("no barrier after an eviction", _EVICTION, _without(_EVICTION), _RACE),
     Bug(
         "barrier for device memory only",
         _BEST,
@@ -47,26 +46,17 @@ BUGS = [
         (*_EARLY, Kind.BARRIER),
     ),
     Bug(
-        "threads without a column return",
-        "for (int step = 0;",
-        "if (tid >= n_columns) return;\n  for (int step = 0;",
-        (Kind.BARRIER, Kind.INACTIVE_LANE, *_EARLY),
-    ),
-    Bug(
         "a column too many",
-        "c < n_seen; c += THREADS",
-        "c <= n_seen; c += THREADS",
-        (*_EARLY, Kind.OUT_OF_BOUNDS),
+        "c < n_columns; c += PARTS",
+        "c <= n_columns; c += PARTS",
+        (*_EARLY, *_WRONG, Kind.OUT_OF_BOUNDS),
     ),
-    Bug("the own column not seen", "n_held + step + 1", "n_held + step", _WRONG),
     Bug("parts overlap", "item % PARTS * 32 + lane", "lane", _WRONG),
     Bug("parts leave columns out", "item % PARTS * 32", "item % PARTS * 64", _WRONG),
-    Bug("evicted columns attract", "TOVA_HELD(c) && x", "x", _WRONG),
-    Bug(
-        "evicted columns are evicted again", "if (!TOVA_HELD(c)) continue;", "", _WRONG
-    ),
-    Bug("hidden columns counted", " && x != -INFINITY", "", _WRONG),
+    Bug("hidden columns counted", "if (x != -INFINITY) {", "{", _WRONG),
     Bug("NaN hidden", "x != -INFINITY", "x > -INFINITY", _WRONG),
+    Bug("logits scaled once only", "logits[at]) * scale", "logits[at])", _WRONG),
+    Bug("logits not scaled", "logits[line + c]) * scale", "logits[line + c])", _WRONG),
     Bug(
         "ties to the newest",
         "other_position < position",
@@ -96,7 +86,12 @@ BUGS = [
     Bug("maximum of one lane", "simd_max(high)", "high", _WRONG),
     Bug("a sum and no mean", "received *= 1.0f / float(HEADS);", "", _WRONG),
     Bug("NaN remembered", "if (tova_is_nan(received)) received = 0.0f;", "", _WRONG),
-    Bug("norms of another head", "head / GROUP", "head", (*_BOUNDS, *_WRONG)),
+    Bug(
+        "norms of another head",
+        "NORMS + h / GROUP",
+        "NORMS + h",
+        (*_BOUNDS, *_EARLY, *_WRONG),
+    ),
     Bug("sinks past the heads", " % n_heads]", "]", _BOUNDS),
     Bug(
         "sinks not in the sum",
@@ -104,53 +99,48 @@ BUGS = [
         "0.0f",
         _WRONG,
     ),
-    Bug("memory that never fades", "memory[0] * new_scores", "new_scores", _WRONG),
+    Bug("memory that never fades", "factors[1] * before", "before", _WRONG),
     Bug(
         "memory forgotten",
-        "MEMORY ? memory[0] * new_scores[own + c] + received",
+        "MEMORY ? factors[1] * before + received",
         "false ? received",
         _WRONG,
     ),
+    Bug(
+        "the newest has the score of its slot", "MEMORY && c != fresh", "MEMORY", _WRONG
+    ),
+    Bug(
+        "the newest has the position of its slot",
+        "c == fresh ? newest_position : positions[own + c]",
+        "positions[own + c]",
+        _WRONG,
+    ),
+    Bug(
+        "the newest has the norm of its slot",
+        "c == fresh ? fresh_norm[k] : value_norms[at]",
+        "value_norms[at]",
+        _WRONG,
+    ),
+    Bug("a square for a norm", "metal::sqrt(square)", "square", _WRONG),
+    Bug("the norm of one lane", "square = simd_sum(square);", "", _WRONG),
+    Bug(
+        "a part of the newest value",
+        "d = lane; d < width; d += 32",
+        "d = lane; d < 32; d += 32",
+        _WRONG,
+    ),
     Bug("a recent token too few", "- n_recent)", "- n_recent + 1)", _WRONG),
-    Bug("recent as of the last step", " - (n_steps - 1 - step) - n", " - n", _WRONG),
     Bug(
         "a first token too few",
         "position >= n_sinks",
         "position >= n_sinks - 1",
         _WRONG,
     ),
-    Bug("evicts from the start", "step >= first_evicting", "step >= 0", _WRONG),
-    Bug(
-        "eviction noted a step late",
-        "last[own + victim] = step;",
-        "last[own + victim] = step + 1;",
-        _WRONG,
-    ),
-    Bug("flag of another column", "1u << (victim & 31)", "1u << (victim & 15)", _WRONG),
-    Bug(
-        "flags not all cleared",
-        "w < (n_columns + 31) / 32",
-        "w < n_columns / 32",
-        (Kind.UNINITIALISED,),
-    ),
-    Bug("flags past the array", "evicted[MAX_COLUMNS / 32]", "evicted[1]", _BOUNDS),
     Bug(
         "best of too few simdgroups",
         "best_score[SIMDGROUPS]",
         "best_score[SIMDGROUPS - 1]",
         _BOUNDS,
-    ),
-    Bug(
-        "every simdgroup notes the eviction",
-        "tid == victim % THREADS",
-        "lane == 0",
-        _RACE,
-    ),
-    Bug(
-        "another thread notes the eviction",
-        "tid == victim % THREADS",
-        "tid == 0",
-        _RACE,
     ),
     Bug(
         "shuffle in a branch",
@@ -165,8 +155,8 @@ BUGS = [
         "",
         _NOT_WRITTEN,
     ),
-    Bug("columns held not noted", "last[own + c] = n_steps;", "", _NOT_WRITTEN),
-    Bug("a step's scores not noted", "if (nth >= 0)", "if (nth > 0)", _NOT_WRITTEN),
+    Bug("scores not noted", "new_scores[own + c] = score;", "", _NOT_WRITTEN),
+    Bug("positions not noted", "new_positions[own + c] = position;", "", _NOT_WRITTEN),
     Bug(
         "writes to an input",
         "new_scores[own + c] = score;",
@@ -180,3 +170,46 @@ BUGS = [
     Bug("double", "float lowest", "double lowest", _LINT),
     Bug("not ASCII", "// A lane that saw", "// Où a lane saw", _LINT),
 ]
+
+_PART_OF_KEY = """square += mine[j] * mine[j];
+    }
+    square = simd_sum(square);
+    const bool"""
+_DISTANCE = "d < WIDTH ? mine[j] * inverse - mean[d] : 0.0f;"
+
+# Of the choice by scores, of keydiff's scores, and of the copy.
+OTHERS = [
+    Bug("scores of one head", "score += scores", "score = scores", _WRONG),
+    Bug("who is not there", "!PARTLY || held[", "true || held[", _WRONG),
+    Bug("there as in the first row", "held[size_t(row) * n_columns", "held[0", _WRONG),
+    Bug("keys that are not there", "PARTLY && !held", "false && !held", _WRONG),
+    Bug("no barrier before the mean", _MEAN, _without(_MEAN), _EARLY),
+    Bug("no barrier before the distances", _DISTANCES, _without(_DISTANCES), _EARLY),
+    Bug("keys and no unit keys", "mine[j] * inverse;", "mine[j];", _WRONG),
+    Bug("a key of no length counts", "if (!(square > 0.0f)) continue;", "", _WRONG),
+    Bug(
+        "a key of no length is far",
+        "if (!directed) distance = 1.0f + of_mean;",
+        "",
+        _WRONG,
+    ),
+    Bug("keys of one simdgroup count", "n += counts[s];", "n = counts[0];", _WRONG),
+    Bug(
+        "the length of one lane",
+        _PART_OF_KEY,
+        _PART_OF_KEY.replace("square = simd_sum(square);", ""),
+        (*_WRONG, Kind.SIMDGROUP, *_RACE),
+    ),
+    Bug("distances past the mean", _DISTANCE, "mean[d + 1];", (*_BOUNDS, *_WRONG)),
+    Bug("all heads take one slot", "slot[line / per_slot]", "slot[0]", _WRONG),
+    Bug(
+        "a slot for each head",
+        "slot[line / per_slot]",
+        "slot[line]",
+        (*_BOUNDS, *_WRONG),
+    ),
+    Bug("part of a row", "+ e % width];", "];", _WRONG),
+    Bug("not all rows", "from{i}_shape[0] * heads", "heads", _NOT_WRITTEN),
+]
+
+BUGS = [*STEP, *OTHERS]

@@ -19,6 +19,8 @@ from tova_mlx import make_prompt_cache
 from tova_mlx.eviction import (
     choice,
     choice_kernel,
+    choose_on_gpu,
+    choose_victim,
     kernels,
     kernels_wanted,
     scan_block,
@@ -27,9 +29,11 @@ from tova_mlx.eviction import (
 )
 from tova_mlx.eviction.scan import Columns, scan_on_cpu
 from tova_mlx.eviction.step import step_on_cpu
-from tova_mlx.policies import keydiff_kernel, resolve_options
+from tova_mlx.policies import keydiff, keydiff_kernel, resolve_options
 from tova_mlx.storage import metal
+from tova_mlx.storage.entries import arrays_of, gather
 from tova_mlx.storage.fields import Fresh
+from tova_mlx.storage.formats import storage_for
 
 POLICIES = ["tova", "h2o", "vatp", "fade"]
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
@@ -375,6 +379,81 @@ def test_a_batch_driven_by_kernels_is_that_without(kernels_run, monkeypatch, pol
     np.testing.assert_allclose(got, want, atol=2e-2)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_scores_of_keydiff_are_those_of_the_portable_path(kernels_run, seed):
+    rng = np.random.default_rng(seed)
+    batch, heads = int(rng.integers(1, 3)), int(rng.integers(1, 4))
+    n, width = int(rng.choice([1, 2, 31, 100])), int(rng.choice([8, 33, 64, 160]))
+    keys = rng.standard_normal((batch, heads, n, width))
+    # A constant that all share: cosines are almost 1.
+    keys += float(rng.choice([0, 40])) * rng.standard_normal(width)
+    if n > 2:
+        keys[0, 0, 1] = 0
+    keys = mx.array(keys).astype(DTYPES[seed % 3])
+    held = None
+    if seed % 2:
+        held = mx.arange(n) < mx.array(rng.integers(1, n + 1, batch))[:, None, None]
+    got = np.array(keydiff_kernel.scores_on_gpu(keys, held))
+    there = mx.ones((batch, 1, n), mx.bool_) if held is None else held
+    pair = keydiff.prepare(keys.astype(mx.float32), None)
+    want = np.array(keydiff.score(*pair, None, there))
+    seen = np.broadcast_to(np.array(there), want.shape)
+    scale = np.abs(want[seen]).max(initial=1e-6)
+    np.testing.assert_allclose(got[seen], want[seen], rtol=1e-3, atol=2e-4 * scale)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_choice_by_scores_is_that_of_the_portable_path(kernels_run, seed):
+    rng = np.random.default_rng(seed)
+    batch, heads, n = int(rng.integers(1, 3)), 3, int(rng.choice([4, 33, 700]))
+    granularity = ("layer", "head")[seed % 2]
+    options = {"granularity": granularity, "n_sinks": seed % 3, "n_recent": seed % 2}
+    rule = resolve_options("keydiff", n, options)
+    choosers = heads if rule.per_head else 1
+    scores = rng.integers(0, 5, (batch, heads, n)).astype(np.float32)
+    order = rng.permuted(np.broadcast_to(np.arange(n), (batch, choosers, n)), axis=2)
+    places = mx.array(order, mx.int32)
+    slot = places.argmax(axis=2, keepdims=True)
+    stale = mx.where(places == n - 1, -4, places)
+    held = None
+    if seed % 4 > 1:
+        held = mx.array(rng.random((batch, 1, n)) < 0.8) | (places == n - 1).any(
+            1, True
+        )
+    fresh, newest = Fresh(slot, None, None), [n - 1] * batch
+    victim, written = choose_on_gpu(mx.array(scores), stale, fresh, newest, rule, held)
+    assert mx.array_equal(written, places)
+    means = mx.array(scores if rule.per_head else scores.mean(1, keepdims=True))
+    there = None if held is None else mx.broadcast_to(held, places.shape)
+    want = choose_victim(places, means, n - 1, rule, there)
+    assert mx.array_equal(victim, want)
+
+
+def test_a_score_that_is_not_a_number_leaves_the_victim_a_slot(kernels_run):
+    rule = resolve_options("keydiff", 4, {"n_sinks": 1})
+    places = mx.arange(5, dtype=mx.int32).reshape(1, 1, 5)
+    known = (places, Fresh(4, None, None), [4], rule)
+    victim, _ = choose_on_gpu(mx.full((1, 2, 5), mx.nan), *known)
+    # All alike: the oldest that is not protected.
+    assert victim.tolist() == [[[1]]] * 1 or victim.tolist() == [[[1], [1]]]
+
+
+@pytest.mark.parametrize("choosers", [1, 4])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_token_is_copied_out_of_all_arrays(kernels_run, batch, choosers):
+    keys = mx.random.normal((batch, 4, 9, 48)).astype(mx.bfloat16)
+    wide = mx.zeros((batch, 4, 9, 64))
+    packed = storage_for(4, 32).store(mx.random.normal((batch, 4, 9, 64)), wide)[0]
+    places = mx.random.randint(0, 99, (batch, choosers, 9))
+    slot = mx.random.randint(0, 9, (batch, choosers, 1)).astype(mx.uint32)
+    got = metal.take_slots([keys, None, packed, places], slot)
+    assert got[1] is None
+    for mine, entries in ((got[0], keys), (got[2], packed), (got[3], places)):
+        want = arrays_of(gather(entries, slot))
+        assert all(map(mx.array_equal, arrays_of(mine), want))
+    assert len(kernels_run) == 1
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_nothing_waits_for_the_device(monkeypatch, policy):
     # While a graph is traced, evaluating any of it raises; so does `item`.
@@ -424,79 +503,141 @@ def test_who_chooses_the_kernels(monkeypatch):
     assert kernels_wanted()
 
 
+SOURCES = {
+    "header": (step_kernel, "HEADER"),
+    "step": (step_kernel, "_SOURCE"),
+    "choice": (choice_kernel, "_SOURCE"),
+    "keydiff": (keydiff_kernel, "_SOURCE"),
+    "take": (metal, "_PART"),
+}
+
+
 def build(sources):
     """The kernels made of these sources, as a function from a number of a case."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "_SOURCE", sources["source"])
-        patch.setattr(kernels, "_HEADER", sources["header"])
-        kernels._kernel.cache_clear()
-        made = {key: kernels._kernel(*key) for key in ((False, False), (True, True))}
-    kernels._kernel.cache_clear()
 
     def run(number):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kernels, "_kernel", lambda *key: made[key])
+            for name, (module, variable) in SOURCES.items():
+                patch.setattr(module, variable, sources[name])
+            patch.setattr(choice_kernel, "HEADER", sources["header"])
+            for key, kernel in made.items():
+                patch.setattr(*key, kernel)
             return seeded_case(number)
 
+    made = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, (module, variable) in SOURCES.items():
+            patch.setattr(module, variable, sources[name])
+        patch.setattr(choice_kernel, "HEADER", sources["header"])
+        forget_kernels()
+        made[step_kernel, "_kernel"] = constant(step_kernel._kernel(True))
+        made[choice_kernel, "_kernel"] = constant(choice_kernel._kernel())
+        made[keydiff_kernel, "_kernel"] = constant(keydiff_kernel._kernel())
+        made[metal, "take_kernel"] = constant(metal.take_kernel("tova_take", 3))
+    forget_kernels()
     return run
+
+
+def constant(kernel):
+    return lambda *_: kernel
 
 
 def seeded_case(number):
     """Everything that the kernels say of a case, rounded, in one array.
 
-    0: a step, 1: a step that evicts nobody, 2: a block. Columns 18 to 24 are alike and
-    the least of those that may leave.
+    0: a step; 1: a step that evicts nobody; 2: keydiff's scores and the choice by them;
+    3: tokens taken out of their slots; 4: as 2, one victim for all heads.
     """
+    kinds = seeded_step, seeded_step, seeded_choice, seeded_copy, seeded_choice
+    parts = kinds[number](number)
+    return mx.concatenate([p.astype(mx.float32).reshape(-1) for p in parts])
+
+
+def seeded_step(number):
+    """Of a step; columns 18 to 24 are alike and the least of those that may leave."""
     rng = np.random.default_rng(number)
-    n, n_rows = (45, 9) if number == 2 else (300, 1)
-    n_held = n - n_rows
-    limit = n_held + (2 if number == 2 else 0)
-    rule = resolve_options("fade", limit, {"n_sinks": 1, "n_recent": 4})
-    logits = 3 * rng.standard_normal((2, 4, n_rows, n))
+    n = 300
+    rule = resolve_options("fade", n - 1, {"n_sinks": 1, "n_recent": 4})
+    logits = 3 * rng.standard_normal((2, 4, 1, n))
     logits[..., 18:25] = -9
-    # By then it is dead.
-    logits[..., 5:, 18] = 5
     logits[..., 30] = -np.inf
     norms = rng.random((2, 2, n)) + 0.5
     norms[..., 18:25] = 1
     scores = 0.05 + rng.random((2, n)) / 9
     scores[:, 18:25] = 1e-3
-    scores[:, n_held:] = 0
     # Protected.
     for column in (0, n - 4):
         logits[..., column], scores[:, column] = -20, 0
-    logits[0, 1, n_rows // 2, 5] = np.nan if number else 0
+    logits[0, 1, 0, 5] = np.nan if number else 0
+    # Of the newest nothing is there yet.
+    values = np.zeros((2, 2, 1, 40), np.float32)
+    values[..., 0, 2], values[..., 0, 37] = 0.6 * norms[..., -1], 0.8 * norms[..., -1]
+    norms[..., -1] = scores[:, -1] = np.nan
     places = np.broadcast_to(np.arange(n, dtype=np.int32), (2, n))
     given = [mx.array(a, mx.float32) for a in (logits, scores, norms)]
-    sinks = mx.array(rng.standard_normal(4), mx.float32)
-    if number == 2:
-        logits, scores, norms = given
-        how = {"limit": limit, "n_before": 2, "sinks": sinks}
-        columns = Columns(mx.array(places), scores, norms)
-        last, new_scores, before, _ = kernels.scan_on_gpu(logits, columns, rule, **how)
-        parts = [last, (before * 1000).round(), (new_scores * 1000).round()]
-    else:
-        order = mx.array(rng.permuted(places, axis=1).argsort(axis=1))[:, None]
-        columns = mx.broadcast_to(order[:, :, None], given[0].shape)
-        logits = mx.take_along_axis(given[0], columns, axis=3)
-        scores = mx.take_along_axis(given[1][:, None], order, axis=2)
-        norms = mx.take_along_axis(given[2], mx.repeat(order, 2, axis=1), axis=2)
-        arguments = (logits, order.astype(mx.int32), scores, norms, n - 1, rule)
-        how = {"evicts": number == 0, "sinks": sinks}
-        new_scores, victim = step_on_gpu(*arguments, **how)
-        parts = [(new_scores * 1000).round(), *([] if victim is None else [victim])]
-    return mx.concatenate([p.astype(mx.float32).reshape(-1) for p in parts])
+    sinks = mx.array(6 + rng.standard_normal(4), mx.float32)
+    order = mx.array(rng.permuted(places, axis=1).argsort(axis=1))[:, None]
+    columns = mx.broadcast_to(order[:, :, None], given[0].shape)
+    logits = mx.take_along_axis(given[0], columns, axis=3) * 2
+    scores = mx.take_along_axis(given[1][:, None], order, axis=2)
+    norms = mx.take_along_axis(given[2], mx.repeat(order, 2, axis=1), axis=2)
+    slot = order.argmax(axis=2, keepdims=True)
+    places = mx.where(order == n - 1, 7, order).astype(mx.int32)
+    fresh = Fresh(slot, None, mx.array(values))
+    arguments = (logits, places, scores, norms, fresh, [n - 1] * 2, rule)
+    how = {"evicts": number == 0, "sinks": sinks, "scale": 0.5}
+    step = step_on_gpu(*arguments, **how)
+    known = [(step.scores * 1000).round(), step.positions]
+    known.append((step.value_norms * 1000).round())
+    return [*known, *([] if step.victim is None else [step.victim])]
+
+
+def seeded_choice(number):
+    """Of keys that share a constant: one of length 0, the two least alike twice."""
+    rng = np.random.default_rng(number)
+    n, width = 70, 40
+    options = {"granularity": "layer"} if number == 4 else {}
+    rule = resolve_options("keydiff", n - 1, {"n_sinks": 1, "n_recent": 3, **options})
+    keys = 5 + rng.standard_normal((2, 2, n, width))
+    keys[:, :, 11] = 0
+    held = np.ones((2, 1, n), np.bool_)
+    held[1, 0, 60:] = False
+    # In all heads, the older one behind the newer.
+    mean = keys[:, :, :60].mean(axis=2)
+    keys[:, :, 31] = keys[:, :, 30] = mean
+    # As much as the mean, but protected or not there.
+    keys[:, :, 40] = mean * 1.01
+    keys[0, :, 42], keys[1, :, 65] = mean * 1.01
+    order = rng.permutation(n)
+    order[30], order[31] = max(order[30:32]), min(order[30:32])
+    positions = np.broadcast_to(order, (2, 2, n)).astype(np.int32)
+    positions = np.where(positions == order[40], 0, positions)
+    positions = np.where(positions == order[42], n - 3, positions).astype(np.int32)
+    scores = keydiff_kernel.scores_on_gpu(mx.array(keys, mx.float32), mx.array(held))
+    heads = 2 if rule.per_head else 1
+    slot = mx.full((2, heads, 1), 50, mx.uint32)
+    fresh, newest = Fresh(slot, None, None), [n, n + 1]
+    known = (mx.array(positions[:, :heads]), fresh, newest, rule, mx.array(held))
+    victim, places = choose_on_gpu(scores, *known)
+    return [(scores * 1000).round(), victim, places]
+
+
+def seeded_copy(number):
+    """Of three arrays, of which each row of the batch has another slot."""
+    arrays = [mx.arange(2 * 4 * 9 * 7).reshape(2, 4, 9, 7).astype(mx.float16)]
+    arrays += [mx.arange(2 * 2 * 9).reshape(2, 2, 9) * 3, arrays[0] + 1]
+    return metal._take(arrays, mx.array([[[4], [0]], [[8], [2]]], mx.uint32))
 
 
 def test_seeded_bugs_are_found(kernels_run, capsys):
     if mx.metal.is_available():
         pytest.skip("a GPU does not say what is wrong")
-    sources = {"source": kernels._SOURCE, "header": kernels._HEADER}
+    sources = {key: getattr(*where) for key, where in SOURCES.items()}
     right = build(sources)
-    cases = [seeded.Case((i,), np.array(right(i))) for i in range(3)]
+    cases = [seeded.Case((i,), np.array(right(i))) for i in range(5)]
     assert not any(np.isnan(case.expected).any() for case in cases)
     results = list(seeded.outcomes(build, sources, BUGS, cases))
     with capsys.disabled():
         print(f"\n{seeded.table(results)}")
-    assert len(results) >= 30
+    assert len(results) >= 40
     assert all(result.as_expected and result.found for result in results)
