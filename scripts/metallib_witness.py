@@ -90,12 +90,20 @@ def _strings(tree: ast.AST) -> Iterator[str]:
             yield node.value
 
 
-def used(texts: Iterable[str]) -> set[str]:
-    """The built-ins, places of threads and kinds of memory that Metal texts name."""
-    code = "\n".join(_COMMENT.sub(" ", text) for text in texts)
-    made = {name for match in _MADE.findall(code) for name in match if name}
-    called = {n for n in _CALLED.findall(code) if not _WORDS.fullmatch(n)} - made
+def used(texts: Iterable[str], beside: Iterable[str] = ()) -> set[str]:
+    """The built-ins, places of threads and kinds of memory that Metal texts name.
+
+    beside: texts whose functions and macros are no built-ins either.
+    """
+    code = _code(texts)
+    made = _MADE.findall(code + _code(beside))
+    called = {name for name in _CALLED.findall(code) if not _WORDS.fullmatch(name)}
+    called -= {name for match in made for name in match}
     return called | set(_PLACE.findall(code)) | set(_MEMORY.findall(code))
+
+
+def _code(texts: Iterable[str]) -> str:
+    return "\n".join(_COMMENT.sub(" ", text) for text in texts)
 
 
 def headers() -> Counter[str]:
