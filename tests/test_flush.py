@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import test_kernels
-from test_kernels import Case, check_step
+from test_kernels import NEWEST, Case, check_step
 
 from tova_mlx.eviction import scan_block, step_on_gpu
 from tova_mlx.eviction.scan import Columns, scan_on_cpu
@@ -73,29 +73,37 @@ def test_a_scan_holds_every_column_as_long_as_the_portable_path(
     assert kernels_run
 
 
-def faint(policy, n_rows):
-    """A rule, logits [1, 4, n_rows, LIMIT + n_rows], positions, scores and norms.
+class Faint(Case):
+    """The columns `FAINT` have denormal scores and, to every query, no weight."""
 
-    The columns `FAINT` have denormal scores and, to every query, no weight.
-    """
-    rule, n = resolve_options(policy, LIMIT, {"n_recent": 1}), LIMIT + n_rows
-    logits = np.zeros((1, 4, n_rows, n), np.float32)
-    logits[..., FAINT] = -200
-    scores = np.ones((1, 4 if rule.per_head else 1, n), np.float32)
-    scores[..., FAINT] = SCORES
-    scores[..., LIMIT:] = 0
-    positions = np.broadcast_to(np.arange(n, dtype=np.int32), scores.shape)
-    norms = mx.ones((1, 4, n)) if rule.value_weighted else None
-    return rule, mx.array(logits), mx.array(positions), mx.array(scores), norms
+    def __init__(self, policy, n_rows=1):
+        rule = self.rule = resolve_options(policy, LIMIT, {"n_recent": 1})
+        n, self.group, self.sinks = LIMIT + n_rows, 1, None
+        logits = np.zeros((1, 4, n_rows, n), np.float32)
+        logits[..., FAINT] = -200
+        scores = np.ones((1, 4 if rule.per_head else 1, n), np.float32)
+        scores[..., FAINT] = SCORES
+        scores[..., LIMIT:] = 0
+        places = NEWEST - n + 1 + np.arange(n, dtype=np.int32)
+        self.positions = mx.broadcast_to(mx.array(places), scores.shape)
+        self.logits, self.scores = mx.array(logits), mx.array(scores)
+        self.norms = mx.ones((1, 4, n)) if rule.value_weighted else None
+        # Of the newest token.
+        self.slot = mx.full((*scores.shape[:2], 1), n - 1, mx.uint32)
+
+
+def by_kernel(case):
+    """The victims and the scores of a step."""
+    known = case.positions, case.scores, case.norms
+    made = step_on_gpu(case.logits, *known, NEWEST, case.rule, evicts=True)
+    return made[1], made[0]
 
 
 @pytest.mark.parametrize("policy", ["h2o", "fade"])
 def test_of_denormal_scores_a_step_evicts_the_lowest_or_if_flushed_the_oldest(
     flushed, kernels_run, policy
 ):
-    rule, *given = faint(policy, 1)
-    made = step_on_gpu(*given, LIMIT, rule, evicts=True)
-    scores, victims = (np.array(a) for a in made)
+    victims, scores, *_ = map(np.array, by_kernel(Faint(policy)))
     assert np.isfinite(scores).all()
     found = set(victims.ravel().tolist())
     assert found in ([{2}, {6}] if flushed is None else [{2} if flushed else {6}])
@@ -106,10 +114,12 @@ def test_of_denormal_scores_a_step_evicts_the_lowest_or_if_flushed_the_oldest(
 def test_of_denormal_scores_a_scan_evicts_by_score_or_if_flushed_by_age(
     flushed, kernels_run, policy
 ):
-    rule, logits, positions, scores, norms = faint(policy, 4)
-    flat = (-1, positions.shape[2])
-    columns = Columns(positions.reshape(flat), scores.reshape(flat), norms)
-    got = scan_block(logits, columns, rule, limit=LIMIT)
+    case = Faint(policy, n_rows=4)
+    flat = (-1, LIMIT + 4)
+    columns = Columns(
+        case.positions.reshape(flat), case.scores.reshape(flat), case.norms
+    )
+    got = scan_block(case.logits, columns, case.rule, limit=LIMIT)
     assert np.isfinite(np.array(got.scores)).all()
     # Every step evicts one: whom first, whom last.
     last = np.array(got.last)
