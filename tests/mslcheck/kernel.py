@@ -1,8 +1,9 @@
 """Kernels like those of `mx.fast.metal_kernel` that run on the CPU and are checked."""
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ _MAX_THREADGROUP_BYTES = 32 << 10
 _metal_kernel = mx.fast.metal_kernel
 
 
+def _asked(name: str) -> bool:
+    """Whether the environment asks for it, as in `MSLCHECK_FLUSH=1`."""
+    return os.environ.get(f"MSLCHECK_{name}", "0") != "0"
+
+
 @dataclass(frozen=True)
 class Options:
     """How kernels run.
@@ -31,6 +37,8 @@ class Options:
             must agree to the bit.
         seed: of the first order: 0 forwards, 1 backwards, others shuffled.
         fused: round a product and a sum in one expression once, as Metal may.
+        flush: take denormal float32 numbers for 0, as arguments and as results, as
+            Metal may. A number that is only moved stays as it is, and so do float16.
         width: threads of a simdgroup, at most 64.
         seconds: of CPU time that one run may take.
     """
@@ -38,7 +46,8 @@ class Options:
     checked: bool = True
     orders: int = 2
     seed: int = 0
-    fused: bool = False
+    fused: bool = field(default_factory=lambda: _asked("FUSED"))
+    flush: bool = field(default_factory=lambda: _asked("FLUSH"))
     width: int = 32
     seconds: int = 120
 
@@ -166,6 +175,7 @@ def _settings(call: Record) -> Iterator[Setting]:
             seed=options.seed + i,
             seconds=options.seconds,
             checked=options.checked,
+            flush=options.flush,
         )
 
 

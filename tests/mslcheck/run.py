@@ -56,6 +56,7 @@ class _Launch(ctypes.Structure):
         ("seed", ctypes.c_uint32),
         ("seconds", ctypes.c_uint32),
         ("checked", ctypes.c_uint32),
+        ("flush", ctypes.c_uint32),
     )
 
 
@@ -87,6 +88,7 @@ class Setting:
     seed: int
     seconds: int
     checked: bool
+    flush: bool
 
 
 def run(
@@ -109,6 +111,7 @@ def run(
         seed=setting.seed,
         seconds=setting.seconds,
         checked=setting.checked,
+        flush=setting.flush,
     )
     _load(build_runtime()).msl_launch(ctypes.byref(launch))
     found = findings[: launch.n_findings]

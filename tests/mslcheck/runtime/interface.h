@@ -44,4 +44,5 @@ struct Launch {
   uint32_t seed;   // 0: lanes run in order, 1: backwards, others: shuffled
   uint32_t seconds;  // of CPU time, then the launch ends with a finding
   uint32_t checked;  // whether the kernel calls the hooks of hooks.h
+  uint32_t flush;    // whether denormal floats are 0, as arguments and as results
 };

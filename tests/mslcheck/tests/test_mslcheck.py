@@ -434,6 +434,46 @@ def test_products_and_sums_may_be_fused():
     assert fused == 2**-11 + 2**-24
 
 
+def test_denormals_may_be_flushed():
+    tiny, least = np.float32(1e-40), np.finfo(np.float32).tiny
+    a = mx.array(np.where(np.arange(N) % 2, tiny, least).astype(np.float32))
+    flushed = {"flush": True}
+    # As an argument, as a result, in a comparison and in a sum over the simdgroup.
+    for source, kept, gone in [
+        ("out[i] = a[i] * 1024;", [1024 * least, 1024 * tiny], [1024 * least, 0]),
+        ("out[i] = a[i] / 1024;", [least / 1024, tiny / 1024], [0, 0]),
+        ("out[i] = a[i] > 0;", [1, 1], [1, 0]),
+        ("out[i] = simd_sum(lane % 2 ? a[i] : 0) * 1e30f;", [1.6e-9] * 2, [0, 0]),
+    ]:
+        for options, want in (({}, kept), (flushed, gone)):
+            got = run(source, a=a, options=options)
+            np.testing.assert_allclose(got[:2], np.float32(want), rtol=1e-4)
+    # What is only moved stays, and so does float16.
+    assert np.array_equal(run("out[i] = a[i];", a=a, options=flushed), np.array(a))
+    half = mx.full(N, 1e-7, mx.float16)
+    got = run("out[i] = float(a[i] + a[i]);", a=half, options=flushed)
+    assert np.array_equal(got, 2 * np.array(half).astype(np.float32))
+
+
+def test_the_environment_asks_for_what_apples_compiler_is_told(monkeypatch):
+    a = mx.full(N, 1 + 2**-12)
+    source = "out[i] = a[i] * a[i] - 1.0f + (a[i] * 1e-38f) * (1 / 64.0f) * 1e30f;"
+    assert run(source, a=a)[0] != (want := np.float32(2**-11 + 2**-24))
+    monkeypatch.setenv("MSLCHECK_FLUSH", "1")
+    monkeypatch.setenv("MSLCHECK_FUSED", "1")
+    assert run(source, a=a)[0] == want
+    assert not mslcheck.Options(flush=False, fused=False).flush
+    monkeypatch.setenv("MSLCHECK_FLUSH", "0")
+    assert not mslcheck.Options().flush
+
+
+def test_flushing_ends_with_the_kernel():
+    # With what it ends with, too: a fault leaves the kernel where it stands.
+    for source in ("out[i] = a[i];", "out[i] = 1 / (int(a[i]) & 0);"):
+        kinds(source, options={"flush": True})
+        assert np.float32(1e-38) / np.float32(4) > 0
+
+
 def test_atomic_outputs():
     with checked_kernels():
         kernel = mx.fast.metal_kernel(
