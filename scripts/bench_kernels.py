@@ -20,6 +20,7 @@ from tova_mlx.eviction.kernels import scan_on_gpu
 from tova_mlx.eviction.scan import Columns, scan_on_cpu
 from tova_mlx.eviction.step import step_on_cpu
 from tova_mlx.policies import resolve_options
+from tova_mlx.storage.fields import Fresh
 
 N_HEADS, N_KV_HEADS, ROWS = 32, 8, 256
 LIMITS = (512, 1024, 4096)
@@ -42,14 +43,18 @@ def step(policy, limit):
     """Both forms of a decode step, as functions."""
     rule, logits, positions, scores, norms = inputs(policy, limit, 1)
     scores = scores if rule.memory else None
-    rest = (positions, scores, norms, limit, rule)
+    known = (positions, scores, norms)
+    values = mx.random.normal((1, N_KV_HEADS, 1, 64)).astype(DTYPE)
+    fresh = Fresh(limit, positions[..., -1:], values)
 
     def portable():
         weights = mx.softmax(logits.astype(mx.float32), axis=-1)
         shape = (1, N_KV_HEADS, N_HEADS // N_KV_HEADS, limit + 1)
-        return step_on_cpu(weights.reshape(shape), *rest)
+        return step_on_cpu(weights.reshape(shape), *known, limit, rule)
 
-    return portable, lambda: step_on_gpu(logits, *rest, evicts=True)
+    return portable, lambda: step_on_gpu(
+        logits, *known, fresh, [limit], rule, evicts=True
+    )
 
 
 def scan(policy, limit):

@@ -1,6 +1,6 @@
 """Operations that a decode step and a prefill block launch on a GPU, counted here.
 
-    python scripts/count_dispatches.py [--limit 64] [--out FILE]
+    python scripts/count_dispatches.py [--limit 64] [--real] [--out FILE]
 
 A step is traced on the path that Metal takes, with our kernels and the fused attention
 as one operation each, and what the same model launches with mlx-lm's own cache is taken
@@ -9,13 +9,15 @@ per layer and token, once the cache is full. An operation counts what MLX's Meta
 backend launches for it: none for a view, two for a write whose place is only known on
 the device (its offset, then the copy), one for every input of a concatenation. An
 input that a kernel needs contiguous and that is a view of something else counts as a
-copy. The last line is JSON.
+copy. `--real` times steps too, with what it runs on. The last line is JSON.
 """
 
 import argparse
 import collections
 import contextlib
 import os
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ KERNELS = (
     *(choice_kernel._kernel, keydiff_kernel._kernel),
 )
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 64
+BLOCK = 64
 POLICIES = ("window", "streaming", "tova", "h2o", "vatp", "fade", "keydiff")
 
 # A view, or nothing at all. A reshape of what a model and our code make is a view too.
@@ -275,16 +278,8 @@ def beyond(
     return {n: d for n, d in differences.items() if d}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--limit", type=int, default=64)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    # What a model compiles is the same with any cache, and cannot be exported.
-    mx.disable_compile()
-    model, limit = make_model(), options.limit
-    rows: list[dict[str, Any]] = []
-    print(f"{'policy':<10}{'journal':>8}{'bits':>6}{'batch':>6}{'launches':>9}")
+def decode_rows(model: Any, limit: int) -> Iterator[dict[str, Any]]:
+    """What a step launches beyond mlx-lm's cache: policies, journals, bits, batches."""
     for kv_bits, batch in ((None, 1), (4, 1), (None, 3)):
         tokens = mx.zeros((batch, 1), mx.int32)
         theirs = fill(model, baseline(kv_bits, batch), batch, limit - 1)
@@ -293,18 +288,78 @@ def main() -> None:
             for journal in (0, 16) if batch == 1 else (0,):
                 caches = ours(model, policy, limit, journal, kv_bits, batch)
                 more = beyond(count(model, caches, tokens), plain)
-                row = {"policy": policy, "journal": journal, "kv_bits": kv_bits}
-                row |= {"batch": batch, "launches": sum(more.values()), "by": more}
-                rows.append(row)
-                print(
-                    f"{policy:<10}{journal:>8}{kv_bits or '-':>6}{batch:>6}"
-                    f"{row['launches']:>9g}  {more}"
-                )
+                row = {"what": "step", "policy": policy, "journal": journal}
+                row |= {"kv_bits": kv_bits, "batch": batch}
+                yield row | {"launches": sum(more.values()), "by": more}
     theirs = fill(model, [RotatingKVCache(limit) for _ in range(LAYERS)], 1, limit + 9)
-    plain = count(model, fill(model, baseline(None, 1), 1, limit - 1), tokens[:1])
-    rotating = beyond(count(model, theirs, tokens[:1]), plain)
-    print(f"{'rotating':<10}{sum(rotating.values()):>29g}  {rotating}")
-    finish({**provenance(), "limit": limit, "rows": rows}, options.out)
+    tokens = mx.zeros((1, 1), mx.int32)
+    plain = count(model, fill(model, baseline(None, 1), 1, limit - 1), tokens)
+    more = beyond(count(model, theirs, tokens), plain)
+    row = {"what": "step", "policy": "rotating", "journal": None, "kv_bits": None}
+    yield row | {"batch": 1, "launches": sum(more.values()), "by": more}
+
+
+def block_rows(model: Any, limit: int) -> Iterator[dict[str, Any]]:
+    """What a block of a prompt launches beyond mlx-lm's cache."""
+    tokens = mx.zeros((1, BLOCK), mx.int32)
+    plain = count(model, fill(model, baseline(None, 1), 1, limit - 1), tokens)
+    for policy in POLICIES:
+        if policy == "keydiff":
+            # Evaluated once a block, so that there is no graph of it as a whole.
+            continue
+        caches = ours(model, policy, limit, 0, None, 1)
+        more = beyond(count(model, caches, tokens), plain)
+        row = {"what": "block", "policy": policy, "journal": 0, "kv_bits": None}
+        yield row | {"batch": 1, "launches": sum(more.values()), "by": more}
+
+
+def timed(model: Any, limit: int, repeats: int = 60) -> dict[str, float]:
+    """Microseconds of a step per layer beyond `KVCache`'s, medians, interleaved."""
+    cases = {"KVCache": fill(model, baseline(None, 1), 1, limit - 1)}
+    for policy in POLICIES:
+        cases[policy] = ours(model, policy, limit, 0, None, 1)
+    token, times = mx.zeros((1, 1), mx.int32), {name: [] for name in cases}
+    for repeat in range(repeats + 5):
+        for name, caches in cases.items():
+            if name == "KVCache":
+                for cache in caches:
+                    cache.trim(1)
+            start = time.perf_counter()
+            mx.eval(model(token, cache=caches))
+            if repeat >= 5:
+                times[name].append(1e6 * (time.perf_counter() - start) / LAYERS)
+    plain = statistics.median(times.pop("KVCache"))
+    return {name: statistics.median(t) - plain for name, t in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--limit", type=int, default=64)
+    parser.add_argument(
+        "--real", action="store_true", help="Time steps on this machine too."
+    )
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    # What a model compiles is the same with any cache, and cannot be exported.
+    mx.disable_compile()
+    model = make_model()
+    real = timed(model, options.limit) if options.real else {}
+    rows = []
+    print(f"{'':<7}{'policy':<11}{'journal':>7}{'bits':>6}{'batch':>7}{'launches':>10}")
+    for make in (decode_rows, block_rows):
+        for row in make(model, options.limit):
+            journal = "-" if row["journal"] is None else row["journal"]
+            print(
+                f"{row['what']:<7}{row['policy']:<11}{journal:>7}"
+                f"{row['kv_bits'] or '-':>6}{row['batch']:>7}{row['launches']:>10g}  "
+                + ", ".join(f"{name} {n:+g}" for name, n in row["by"].items()),
+                flush=True,
+            )
+            plain = row["what"] == "step" and not row["journal"] and row["batch"] == 1
+            if plain and not row["kv_bits"] and row["policy"] in real:
+                row["us_beyond_kvcache"] = real[row["policy"]]
+            rows.append(row)
+    finish({**provenance(), "limit": options.limit, "rows": rows}, options.out)
 
 
 if __name__ == "__main__":

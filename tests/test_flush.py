@@ -9,9 +9,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import test_kernels
-from test_kernels import NEWEST, Case, check_step
+from test_kernels import NEWEST, Case, by_kernel, check_step
 
-from tova_mlx.eviction import scan_block, step_on_gpu
+from tova_mlx.eviction import scan_block
 from tova_mlx.eviction.scan import Columns, scan_on_cpu
 from tova_mlx.policies import resolve_options
 
@@ -92,18 +92,12 @@ class Faint(Case):
         self.slot = mx.full((*scores.shape[:2], 1), n - 1, mx.uint32)
 
 
-def by_kernel(case):
-    """The victims and the scores of a step."""
-    known = case.positions, case.scores, case.norms
-    made = step_on_gpu(case.logits, *known, NEWEST, case.rule, evicts=True)
-    return made[1], made[0]
-
-
 @pytest.mark.parametrize("policy", ["h2o", "fade"])
 def test_of_denormal_scores_a_step_evicts_the_lowest_or_if_flushed_the_oldest(
     flushed, kernels_run, policy
 ):
-    victims, scores, *_ = map(np.array, by_kernel(Faint(policy)))
+    step = by_kernel(Faint(policy))
+    victims, scores = np.array(step.victim), np.array(step.scores)
     assert np.isfinite(scores).all()
     found = set(victims.ravel().tolist())
     assert found in ([{2}, {6}] if flushed is None else [{2} if flushed else {6}])
