@@ -212,4 +212,35 @@ OTHERS = [
     Bug("not all rows", "from{i}_shape[0] * heads", "heads", _NOT_WRITTEN),
 ]
 
-BUGS = [*STEP, *OTHERS]
+_HEADS_OF_BLOCK = f"{_BARRIER}\n    for (int h = tid; h < HEADS; h += THREADS) {{"
+_COLUMNS_OF_BLOCK = f"{_BARRIER}\n\n    float lowest"
+_GOES = "- 2.0f * goes[h]"
+
+# Of keydiff's evictions in a block: what to replace, and by what.
+BLOCK = [
+    Bug(f"block: {old}", old, new, expected)
+    for old, new, expected in (
+        (_HEADS_OF_BLOCK, _without(_HEADS_OF_BLOCK), _EARLY),
+        (_COLUMNS_OF_BLOCK, _without(_COLUMNS_OF_BLOCK), _EARLY),
+        ("tid == fresh % THREADS", "tid == 0", _EARLY),
+        ("tid == gone % THREADS", "tid == 0", _EARLY),
+        ("+ 2.0f * comes[h] +", "+", _WRONG),
+        (_GOES, "", _WRONG),
+        (f"{_GOES} -", f"{_GOES} +", _WRONG),
+        ("centre -= centred[line + gone];", "", _WRONG),
+        ("n -= directed[line + gone] ? 1.0f : 0.0f;", "", _WRONG),
+        ("directed[line + fresh] ? 1.0f : 0.0f", "1.0f", _WRONG),
+        ("if (gone >= 0) product -=", "if (false) product -=", _WRONG),
+        ("2.0f * product * inverse[h]", "2.0f * product", _WRONG),
+        ("- 2.0f * product * inverse", "- product * inverse", _WRONG),
+        ("distance * factor[h]", "distance", _WRONG),
+        ("1.0f + of_mean - sum", "0.5f + of_mean - sum", _WRONG),
+        ("!dead && free", "free", _WRONG),
+        ("newest_of_all - (n_steps - 1 - step)", "newest_of_all", _WRONG),
+        ("step < first_evicting", "step < 0", _WRONG),
+        ("last[own + victim] = step;", "last[own + victim] = step + 1;", _WRONG),
+        ("1u << (victim & 31)", "1u << (victim & 15)", _WRONG),
+    )
+]
+
+BUGS = [*STEP, *OTHERS, *BLOCK]

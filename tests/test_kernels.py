@@ -24,6 +24,7 @@ from tova_mlx.eviction import (
     kernels,
     kernels_wanted,
     scan_block,
+    scored_scan,
     step_kernel,
     step_on_gpu,
 )
@@ -69,6 +70,7 @@ def forget_kernels():
     for module in (kernels, step_kernel, choice_kernel, keydiff_kernel):
         module._kernel.cache_clear()
     metal.take_kernel.cache_clear()
+    keydiff_kernel._scan_kernel.cache_clear()
 
 
 class Case:
@@ -402,6 +404,39 @@ def test_scores_of_keydiff_are_those_of_the_portable_path(kernels_run, seed):
     np.testing.assert_allclose(got[seen], want[seen], rtol=1e-3, atol=2e-4 * scale)
 
 
+@pytest.mark.parametrize("seed", range(16))
+def test_evictions_of_keydiff_are_those_of_the_portable_path(
+    kernels_run, monkeypatch, seed
+):
+    rng = np.random.default_rng(seed)
+    batch, heads, width = int(rng.integers(1, 3)), int(rng.integers(1, 4)), 16
+    held, length = int(rng.choice([0, 3, 40])), int(rng.choice([2, 9, 33]))
+    n = held + length
+    granularity = ("head", "layer")[seed % 2]
+    n_sinks, n_recent = int(rng.integers(0, 2)), int(rng.integers(0, 3))
+    # Two keys are as far from their mean: what is rounded decides.
+    limit = max(n_sinks + n_recent + 3, held)
+    options = {"n_sinks": n_sinks, "n_recent": n_recent, "granularity": granularity}
+    rule = resolve_options("keydiff", limit, options)
+    keys = rng.standard_normal((batch, heads, n, width))
+    keys += float(rng.choice([0, 10])) * rng.standard_normal(width)
+    if seed % 3 == 0:
+        keys[:, :, rng.integers(0, n, 3)] = 0
+        # Alike: the older goes first.
+        keys[:, :, n // 2] = keys[:, :, n // 2 - 1]
+    keys = mx.array(keys, mx.float32)
+    choosers = heads if rule.per_head else 1
+    places = np.arange(n) + np.where(np.arange(n) >= held, 60, 0)
+    places = mx.array(np.broadcast_to(places, (batch, choosers, n)), mx.int32)
+    found = []
+    for setting in ("on", "off"):
+        monkeypatch.setenv("TOVA_MLX_KERNELS", setting)
+        scan = scored_scan(keys, keys, places, rule, limit=limit, length=length)
+        found.append(np.array(scan.last))
+    assert np.array_equal(*found), rule
+    assert kernels_run == ["tova_keydiff_scan"]
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_a_choice_by_scores_is_that_of_the_portable_path(kernels_run, seed):
     rng = np.random.default_rng(seed)
@@ -454,7 +489,7 @@ def test_a_token_is_copied_out_of_all_arrays(kernels_run, batch, choosers):
     assert len(kernels_run) == 1
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [*POLICIES, "keydiff", "window"])
 def test_nothing_waits_for_the_device(monkeypatch, policy):
     # While a graph is traced, evaluating any of it raises; so does `item`.
     monkeypatch.setenv("TOVA_MLX_KERNELS", "on")
@@ -485,12 +520,14 @@ def test_nothing_waits_for_the_device(monkeypatch, policy):
     mx.compile(generate)(tiny.tokens(30), mx.array([[1]]))
     forget_kernels()
     layers = len(caches)
-    assert sum("tova_scan" in name for name in ran) == layers
-    kinds = [name.removesuffix("_weighted") for name in ran[layers:]]
-    assert kinds.count("tova_step") == 4 * layers
-    # The first step evicts nothing that was not evicted in the prompt.
-    assert len([k for k in kinds if k.startswith("tova_take")]) == 3 * layers
-    assert len(kinds) == 7 * layers
+    scans = [name for name in ran if "scan" in name]
+    assert len(scans) == (0 if policy == "window" else layers)
+    steps = {"window": 0, "keydiff": 2}.get(policy, 1)
+    # A journal is written from the first step on that finds a victim.
+    kinds = [name for name in ran if "scan" not in name]
+    copies = sum(name.startswith("tova_take") for name in kinds)
+    assert copies == 3 * layers
+    assert len(kinds) - copies == 4 * layers * steps
 
 
 def test_who_chooses_the_kernels(monkeypatch):
@@ -508,6 +545,7 @@ SOURCES = {
     "step": (step_kernel, "_SOURCE"),
     "choice": (choice_kernel, "_SOURCE"),
     "keydiff": (keydiff_kernel, "_SOURCE"),
+    "keydiff's block": (keydiff_kernel, "_SCAN_SOURCE"),
     "take": (metal, "_PART"),
 }
 
@@ -533,6 +571,7 @@ def build(sources):
         made[step_kernel, "_kernel"] = constant(step_kernel._kernel(True))
         made[choice_kernel, "_kernel"] = constant(choice_kernel._kernel())
         made[keydiff_kernel, "_kernel"] = constant(keydiff_kernel._kernel())
+        made[keydiff_kernel, "_scan_kernel"] = constant(keydiff_kernel._scan_kernel())
         made[metal, "take_kernel"] = constant(metal.take_kernel("tova_take", 3))
     forget_kernels()
     return run
@@ -546,9 +585,11 @@ def seeded_case(number):
     """Everything that the kernels say of a case, rounded, in one array.
 
     0: a step; 1: a step that evicts nobody; 2: keydiff's scores and the choice by them;
-    3: tokens taken out of their slots; 4: as 2, one victim for all heads.
+    3: tokens taken out of their slots; 4: as 2, one victim for all heads; 5, 6: the
+    evictions of keydiff in a block, in each head and in all.
     """
     kinds = seeded_step, seeded_step, seeded_choice, seeded_copy, seeded_choice
+    kinds += seeded_block, seeded_block
     parts = kinds[number](number)
     return mx.concatenate([p.astype(mx.float32).reshape(-1) for p in parts])
 
@@ -622,6 +663,25 @@ def seeded_choice(number):
     return [(scores * 1000).round(), victim, places]
 
 
+def seeded_block(number):
+    """Of keys of which some have no length, and some are alike."""
+    rng = np.random.default_rng(number)
+    n, length = 60, 24
+    options = {"granularity": "layer" if number == 6 else "head"}
+    rule = resolve_options("keydiff", 38, {"n_sinks": 1, "n_recent": 2, **options})
+    # In case 6 short means, which change much with who comes and goes.
+    keys = (3 if number == 5 else 0) + rng.standard_normal((2, 2, n, 16))
+    keys[:, :, 9:12] = keys[:, :, 45:47] = 0
+    keys[:, :, 20] = keys[:, :, 21] = keys[:, :, :36].mean(axis=2)
+    # As near the mean, but protected.
+    keys[:, :, 0] = keys[:, :, 20]
+    places = np.broadcast_to(np.arange(n), (2, 2 if rule.per_head else 1, n))
+    found, _ = keydiff.prepare(mx.array(keys, mx.float32), None)
+    how = {"first_evicting": 2, "length": length}
+    places = mx.array(places, mx.int32)
+    return [keydiff_kernel.evictions_on_gpu(found, places, rule, **how)]
+
+
 def seeded_copy(number):
     """Of three arrays, of which each row of the batch has another slot."""
     arrays = [mx.arange(2 * 4 * 9 * 7).reshape(2, 4, 9, 7).astype(mx.float16)]
@@ -634,7 +694,7 @@ def test_seeded_bugs_are_found(kernels_run, capsys):
         pytest.skip("a GPU does not say what is wrong")
     sources = {key: getattr(*where) for key, where in SOURCES.items()}
     right = build(sources)
-    cases = [seeded.Case((i,), np.array(right(i))) for i in range(5)]
+    cases = [seeded.Case((i,), np.array(right(i))) for i in range(7)]
     assert not any(np.isnan(case.expected).any() for case in cases)
     results = list(seeded.outcomes(build, sources, BUGS, cases))
     with capsys.disabled():

@@ -1,7 +1,7 @@
 """The caches that are compared, and how many of their bytes a decode step reads.
 
 `full` is mlx-lm's own cache of the model, as it is without this package; `rotating` is
-the same with mlx-lm's `RotatingKVCache`. All others are as `make_prompt_cache` makes
+the same with mlx-lm's `RotatingKVCache`. All others are as `tova-mlx generate` makes
 them.
 """
 
@@ -13,7 +13,6 @@ import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 
 from ..caches.layer import PolicyKVCache
-from ..caches.options import JOURNAL
 from ..evaluation.budgets import tokens_kept
 from ..evaluation.reading import new_cache
 from ..evaluation.results import Setting
@@ -27,14 +26,14 @@ from .baselines import FULL, KEEP, ROTATING
 def caches_of(model: nn.Module, setting: Setting) -> list[Any]:
     """New caches of a setting, that of mlx-lm's for `full` and `rotating`.
 
-    Ours have the journal that `make_prompt_cache` gives them.
+    Ours have no journal, as those of `generate` and `chat`.
     """
     if setting == FULL:
         return mlx_lm_cache.make_prompt_cache(model)
     if setting.policy == ROTATING:
         caches = mlx_lm_cache.make_prompt_cache(model)
         return [_rotating(cache, setting.max_kv_size) for cache in caches]
-    return new_cache(model, setting, journal=JOURNAL)
+    return new_cache(model, setting, journal=0)
 
 
 def _rotating(cache: Any, size: int | None) -> Any:

@@ -16,7 +16,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import save_prompt_cache
 
-from ..caches.options import JOURNAL
 from ..evaluation.reading import read
 from ..evaluation.results import Setting
 from ..hooks.layers import leaves
@@ -25,8 +24,8 @@ from .baselines import FULL
 from .cases import caches_of, can_fill, fill
 from .decoding import decode
 
-# Decoded at each length: as many as fill the journal, so that caches are as they stay.
-DECODED = JOURNAL
+# Decoded at each length, so that caches are as they stay.
+DECODED = 16
 
 
 @dataclass(frozen=True)

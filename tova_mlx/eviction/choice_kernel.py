@@ -12,17 +12,9 @@ from typing import Any
 import mlx.core as mx
 
 from ..policies import Rule
+from ..policies.metal import BEST, HEADER, LOWEST, SIMDGROUPS, THREADS
 from ..storage.fields import Fresh
-from .step_kernel import (
-    BEST,
-    HEADER,
-    LOWEST,
-    SIMDGROUPS,
-    THREADS,
-    nothing,
-    per_row,
-    slots_of,
-)
+from .step_kernel import nothing, per_row, slots_of
 
 _SOURCE = f"""
   const int tid = int(thread_position_in_threadgroup.x);

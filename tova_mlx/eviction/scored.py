@@ -64,16 +64,23 @@ def scored_scan(
     length: int,
     at_eviction: bool = False,
 ) -> ScanResult:
-    """Replay the steps of the last `length` columns, as `scan_on_cpu`; evaluated.
+    """Replay the steps of the last `length` columns, as `scan_on_cpu`.
 
     keys, values: the N columns as they are stored, in order of position; positions:
     int32 [B, H', N]; limit: tokens held after each step, None for all; at_eviction:
-    whether that is wanted. A block's graph is thousands of small operations, too much
-    to be left waiting for all layers at once.
+    whether that is wanted. Evaluated, unless the policy has a kernel for it: a block's
+    graph is thousands of small operations, too much to be left waiting for all layers
+    at once.
     """
     n_columns = keys.shape[2]
     n_held = n_columns - length
     pair = _prepared(keys, values, rule)
+    flat = (-1, n_columns)
+    if rule.scan_on_gpu is not None and kernels_wanted() and not at_eviction:
+        first = length if limit is None else max(0, limit - n_held)
+        how = {"first_evicting": first, "length": length}
+        last = rule.scan_on_gpu(pair[0], positions, rule, **how).reshape(flat)
+        return ScanResult(last, mx.zeros(last.shape), None)
     columns = mx.arange(n_columns)
     held = mx.broadcast_to(columns < n_held, positions.shape)
     last = mx.full(positions.shape, length, mx.int32)
@@ -90,7 +97,6 @@ def scored_scan(
         if worth is not None:
             worth = mx.where(evicted, scores, worth)
     mx.eval(last, worth)
-    flat = (-1, n_columns)
     return ScanResult(
         last.reshape(flat),
         mx.zeros(last.shape).reshape(flat),

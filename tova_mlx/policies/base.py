@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     Score: TypeAlias = Callable[[Any, Any, mx.array, mx.array], mx.array]
     ScoreOnGpu: TypeAlias = Callable[[mx.array, mx.array | None], mx.array]
+    ScanOnGpu: TypeAlias = Callable[..., mx.array]
     Prepare: TypeAlias = Callable[[mx.array, mx.array], tuple[Any, Any]]
 
 Granularity = Literal["layer", "head"]
@@ -62,6 +63,7 @@ class Rule:
     prepare: Prepare | None = None
     pinned: int = 0
     score_on_gpu: ScoreOnGpu | None = None
+    scan_on_gpu: ScanOnGpu | None = None
 
     @property
     def by_age(self) -> bool:
@@ -75,7 +77,7 @@ class Rule:
 
     def as_dict(self) -> dict[str, Any]:
         """The rule as JSON can hold it; `reads_keys` for a score of its own."""
-        others = ("score", "prepare", "pinned", "score_on_gpu")
+        others = ("score", "prepare", "pinned", "score_on_gpu", "scan_on_gpu")
         own = {k: v for k, v in vars(self).items() if k not in others}
         return {**own, "reads_keys": self.score is not None}
 
@@ -123,6 +125,11 @@ class Policy:
         score_on_gpu: `score_on_gpu(keys, held)`, the same scores of keys that are not
             quantised, of any type, as a Metal kernel, for the steps of generation; held
             is None where every slot holds a token.
+        scan_on_gpu: `scan_on_gpu(prepared, positions, rule, first_evicting=, length=)`,
+            int32 [B, H', N]: of N keys in order of position, the last `length` of which
+            come one a step, the last step that saw each, `length` if it is held; from
+            the step `first_evicting` on one goes after every step. `prepared` is the
+            first of what `prepare` gave. For blocks of a prompt; nothing is evaluated.
 
     Raises:
         OptionError: a combination that means nothing.
@@ -142,6 +149,7 @@ class Policy:
     score: Score | None = None
     prepare: Prepare | None = None
     score_on_gpu: ScoreOnGpu | None = None
+    scan_on_gpu: ScanOnGpu | None = None
 
     def __post_init__(self) -> None:
         if not self.name.replace("-", "_").isidentifier():
@@ -220,6 +228,7 @@ class Policy:
             score=self.score,
             prepare=self.prepare,
             score_on_gpu=self.score_on_gpu,
+            scan_on_gpu=self.scan_on_gpu,
         )
         self._check(rule)
         return rule

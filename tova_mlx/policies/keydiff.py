@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from .base import Policy
+from .base import Policy, Rule
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -72,6 +72,15 @@ def score_on_gpu(keys: mx.array, held: mx.array | None) -> mx.array:
     return scores_on_gpu(keys, held)
 
 
+def scan_on_gpu(
+    keys: Directions, positions: mx.array, rule: Rule, **how: int
+) -> mx.array:
+    """Return until when each column is held, see `Policy`."""
+    from .keydiff_kernel import evictions_on_gpu
+
+    return evictions_on_gpu(keys, positions, rule, **how)
+
+
 KEYDIFF = Policy(
     name="keydiff",
     keeps="the keys least similar to the mean key",
@@ -80,4 +89,5 @@ KEYDIFF = Policy(
     prepare=prepare,
     score=score,
     score_on_gpu=score_on_gpu,
+    scan_on_gpu=scan_on_gpu,
 )
