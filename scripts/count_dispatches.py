@@ -304,9 +304,6 @@ def block_rows(model: Any, limit: int) -> Iterator[dict[str, Any]]:
     tokens = mx.zeros((1, BLOCK), mx.int32)
     plain = count(model, fill(model, baseline(None, 1), 1, limit - 1), tokens)
     for policy in POLICIES:
-        if policy == "keydiff":
-            # Evaluated once a block, so that there is no graph of it as a whole.
-            continue
         caches = ours(model, policy, limit, 0, None, 1)
         more = beyond(count(model, caches, tokens), plain)
         row = {"what": "block", "policy": policy, "journal": 0, "kv_bits": None}
