@@ -334,6 +334,32 @@ def test_a_cache_driven_by_kernels_is_that_without(
     assert stepped == caches[0].rule.reads_attention
 
 
+@pytest.mark.real_model
+@pytest.mark.parametrize("policy", ["tova", "fade", "keydiff", "streaming"])
+def test_the_real_model_driven_by_kernels_is_that_without(
+    kernels_run, monkeypatch, demo, text, policy
+):
+    model, tokenizer = demo
+    prompt = mx.array(tokenizer.encode(text)[:150])[None]
+    results = []
+    for setting in ("on", "off"):
+        monkeypatch.setenv("TOVA_MLX_KERNELS", setting)
+        # The checked build takes minutes for what others of these tests check.
+        with mslcheck.checked_kernels(checked=False):
+            caches = make_prompt_cache(model, 40, policy=policy)
+            said = []
+            token = model(prompt, cache=caches)[:, -1:].argmax(axis=-1)
+            for step in range(12):
+                said.append(token.item())
+                token = model(token, cache=caches)[:, -1:].argmax(axis=-1)
+                if step == 8:
+                    assert all(cache.trim(3) == 3 for cache in caches)
+        results.append((said, [np.array(c.positions) for c in caches]))
+    (said, kept), (said_without, kept_without) = results
+    assert said == said_without
+    assert all(map(np.array_equal, kept, kept_without))
+
+
 @pytest.mark.parametrize("policy", ["h2o", "fade"])
 def test_a_cache_is_read_within_its_arrays_after_all_was_trimmed(kernels_run, policy):
     model, tokens = tiny.make(), tiny.tokens(40)
