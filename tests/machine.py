@@ -339,7 +339,8 @@ def settled_memory():
     mx.synchronize()
     last, now = -1, mx.get_active_memory()
     while now != last:
-        time.sleep(1e-4)
+        # Long, beside other work: what a thread lets go of late looks like a wait.
+        time.sleep(1e-3)
         last, now = now, mx.get_active_memory()
     return now
 

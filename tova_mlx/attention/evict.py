@@ -66,7 +66,7 @@ def attend_and_evict(
         logits, scale = raw_logits(queries, keys, args)
         step = step_on_gpu(
             logits,
-            slots.positions_of(n),
+            slots.positions_of(n, settled=False),
             scores,
             norms,
             slots.fresh,
@@ -98,7 +98,8 @@ def _scored(slots: Slots | Stack, n: int) -> tuple[mx.array, mx.array]:
     The scores are [B, H', n], or those of all KV heads.
     """
     entries = first_slots(slots.keys_to_read, n), first_slots(slots.values, n)
-    positions, rule = slots.positions_of(n), slots.rule
+    rule, settled = slots.rule, slots.fresh is None
+    positions = slots.positions_of(n, settled=settled)
     if slots.fresh is None:
         known = (*entries, positions, slots.held)
         return scored_step(*known, slots.newest, rule)

@@ -123,7 +123,10 @@ class SlotFields:
         """
         if self._behind:
             self._known_positions, self._behind = self._positions_by_age(), False
-        return self._known_positions
+        known, fresh = self._known_positions, self.fresh
+        if known is None or fresh is None or self.rule.by_age:
+            return known
+        return write(known, fresh.positions, fresh.slot)
 
     @positions.setter
     def positions(self, positions: mx.array | None) -> None:
@@ -161,10 +164,14 @@ class SlotFields:
         """Bytes of all arrays."""
         return sum(a.nbytes for entries in self.arrays for a in arrays_of(entries))
 
-    def positions_of(self, n: int) -> mx.array:
-        """Return the positions of the tokens in the first n slots, int32 [B, H', n]."""
-        if self.positions is not None:
-            return first_slots(self.positions, n)
+    def positions_of(self, n: int, *, settled: bool = True) -> mx.array:
+        """Return the positions of the tokens in the first n slots, int32 [B, H', n].
+
+        settled: whether that of the newest token must be among them.
+        """
+        known = self.positions if settled else self._known_positions
+        if known is not None:
+            return first_slots(known, n)
         heads = self.eviction_heads(self.keys)
         return position_range(self.keys.shape[0], heads, 0, n)
 
