@@ -16,14 +16,20 @@ from mslcheck import seeded
 from test_cache import CASES
 
 from tova_mlx import make_prompt_cache
-from tova_mlx.eviction import choice, kernels, kernels_wanted, scan_block, step_on_gpu
-from tova_mlx.eviction.scan import Columns, scan_on_cpu
+from tova_mlx.eviction import kernels, kernels_wanted, scan_kernels, step_on_gpu
+from tova_mlx.eviction.scan import Columns
 from tova_mlx.eviction.step import step_on_cpu
 from tova_mlx.policies import resolve_options
 
 POLICIES = ["tova", "h2o", "vatp", "fade"]
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 NEWEST = 999_999
+
+
+def forget_kernels():
+    """Have the kernels made anew, by whatever makes them then."""
+    for made in (kernels._kernel, scan_kernels._rows_kernel, scan_kernels._scan_kernel):
+        made.cache_clear()
 
 
 @pytest.fixture
@@ -35,7 +41,7 @@ def kernels_run(monkeypatch):
             pytest.fail(reason)
         pytest.skip(reason)
     monkeypatch.setenv("TOVA_MLX_KERNELS", "on")
-    kernels._kernel.cache_clear()
+    forget_kernels()
     names = []
     with mslcheck.checked_kernels():
         make = mx.fast.metal_kernel
@@ -47,7 +53,7 @@ def kernels_run(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(mx.fast, "metal_kernel", counted)
             yield names
-    kernels._kernel.cache_clear()
+    forget_kernels()
 
 
 class Case:
@@ -146,34 +152,6 @@ def check_step(case, off=2e-5):
     assert (np.take_along_axis(positions, victim, axis=2) == tied).all(), case
 
 
-def check_scan(case, n_before=0):
-    """Everyone lives as long, and is worth as much, as in the portable path."""
-    n_rows = case.logits.shape[2]
-    flat = (-1, case.n)
-    scores = mx.zeros(case.positions.shape) if case.scores is None else case.scores
-    columns = Columns(case.positions.reshape(flat), scores.reshape(flat), case.norms)
-    how = {"limit": case.rule.max_size, "n_before": n_before, "sinks": case.sinks}
-    want = scan_on_cpu(case.logits, columns, case.rule, **how)
-    got = scan_block(case.logits, columns, case.rule, **how)
-    last = np.array(want.last)
-    assert np.array_equal(last, np.array(got.last)), case
-    for there, row in [(want.scores, n_rows), *enumerated(want, n_before, n_rows)]:
-        mine = got.scores
-        if row < n_rows:
-            mine = got.before[:, row - n_rows + n_before]
-        alive = (last >= row) & (np.arange(case.n) < case.n - n_rows + row)
-        np.testing.assert_allclose(
-            np.array(mine)[alive], np.array(there)[alive], rtol=1e-4, atol=1e-6
-        )
-
-
-def enumerated(result, n_before, n_rows):
-    return [
-        (result.before[:, i], n_rows - n_before + i)
-        for i in range(n_before if result.before is not None else 0)
-    ]
-
-
 @pytest.mark.parametrize("first", range(0, 160, 20))
 def test_a_step_is_that_of_the_portable_path(kernels_run, first):
     for seed in range(first, first + 20):
@@ -208,29 +186,6 @@ def test_a_step_that_evicts_nobody_updates_the_scores(kernels_run):
     want, _ = step_on_cpu(case.weights(), *arguments)
     assert victim is None
     np.testing.assert_allclose(np.array(got), np.array(want), rtol=2e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("first", range(0, 60, 10))
-def test_a_scan_is_that_of_the_portable_path(kernels_run, first):
-    for seed in range(first, first + 10):
-        n_rows = 2 + seed % 17
-        case = Case(seed, n_rows + seed % 41, n_rows=n_rows)
-        check_scan(case, min(n_rows, seed % 4) if case.rule.memory else 0)
-    assert set(kernels_run) <= {"tova_scan", "tova_scan_before"}
-
-
-def test_a_scan_of_a_whole_block(kernels_run):
-    check_scan(Case(3, 256 + 200, 4, n_rows=256), 16)
-
-
-def test_more_columns_than_the_kernel_has_room_for_are_scanned_elsewhere(
-    kernels_run, monkeypatch
-):
-    monkeypatch.setattr(choice, "MAX_COLUMNS", 20)
-    check_scan(Case(3, 21, n_rows=4))
-    assert kernels_run == []
-    check_scan(Case(3, 20, n_rows=4))
-    assert kernels_run == ["tova_scan"]
 
 
 @pytest.mark.parametrize(("policy", "options"), CASES)
@@ -308,7 +263,7 @@ def test_a_batch_driven_by_kernels_is_that_without(kernels_run, monkeypatch, pol
 def test_nothing_waits_for_the_device(monkeypatch, policy):
     # While a graph is traced, evaluating any of it raises; so does `item`.
     monkeypatch.setenv("TOVA_MLX_KERNELS", "on")
-    kernels._kernel.cache_clear()
+    forget_kernels()
     model = tiny.make()
     caches = make_prompt_cache(model, 16, policy=policy)
     ran = []
@@ -333,10 +288,11 @@ def test_nothing_waits_for_the_device(monkeypatch, policy):
         return [token, *(c.slots.victim for c in caches)]
 
     mx.compile(generate)(tiny.tokens(30), mx.array([[1]]))
-    kernels._kernel.cache_clear()
+    forget_kernels()
     layers = len(caches)
-    assert sum("tova_scan" in name for name in ran) == layers
-    assert ran[layers:] == ["tova_step"] * 4 * layers
+    assert ran[: 2 * layers : 2] == ["tova_rows"] * layers
+    assert all(name.startswith("tova_scan") for name in ran[1 : 2 * layers : 2])
+    assert ran[2 * layers :] == ["tova_step"] * 4 * layers
 
 
 def test_who_chooses_the_kernels(monkeypatch):
@@ -396,9 +352,12 @@ def seeded_case(number):
     sinks = mx.array(rng.standard_normal(4), mx.float32)
     if number == 2:
         logits, scores, norms = given
-        how = {"limit": limit, "n_before": 2, "sinks": sinks}
+        how = {"first_evicting": 2, "block": True, "n_before": 2, "sinks": sinks}
         columns = Columns(mx.array(places), scores, norms)
-        last, new_scores, before, _ = kernels.scan_on_gpu(logits, columns, rule, **how)
+        newest = mx.full((8,), n - 1, mx.int32)
+        new_scores, last, before = kernels._launch(
+            logits, columns, newest, rule, **how
+        )
         parts = [last, (before * 1000).round(), (new_scores * 1000).round()]
     else:
         order = mx.array(rng.permuted(places, axis=1).argsort(axis=1))[:, None]

@@ -10,8 +10,8 @@ from typing import Any
 import mlx.core as mx
 
 from ..policies import Rule
-from .kernels import MAX_COLUMNS, scan_on_gpu
 from .scan import Columns, ScanResult, scan_on_cpu
+from .scan_kernels import MAX_COLUMNS, scan_on_gpu
 
 
 def kernels_wanted() -> bool:

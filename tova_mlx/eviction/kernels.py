@@ -23,7 +23,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..policies import Rule
-from .scan import Columns, ScanResult
+from .scan import Columns
 
 # One flag a column in threadgroup memory, 8.25 KiB.
 MAX_COLUMNS = 67_584
@@ -313,33 +313,6 @@ def step_on_gpu(
     )
     new_scores = new_scores.reshape(positions.shape)
     return new_scores, victim.reshape(batch, heads, 1) if evicts else None
-
-
-def scan_on_gpu(
-    logits: mx.array,
-    columns: Columns,
-    rule: Rule,
-    *,
-    limit: int | None,
-    n_before: int = 0,
-    sinks: mx.array | None = None,
-) -> ScanResult:
-    """As `scan_on_cpu`; nothing waits for the device."""
-    batch, _, length, n_columns = logits.shape
-    n_held = n_columns - length
-    positions = columns.positions
-    per_row = positions.shape[0] // batch
-    new_scores, last, *before = _launch(
-        logits,
-        columns,
-        _per_row(positions[::per_row, -1], batch),
-        rule,
-        first_evicting=length if limit is None else max(0, limit - n_held),
-        block=True,
-        n_before=n_before,
-        sinks=sinks,
-    )
-    return ScanResult(last, new_scores, before[0] if before else None)
 
 
 def _per_row(newest: int | mx.array, batch: int) -> mx.array:

@@ -1,0 +1,438 @@
+"""The prefill scan as two Metal kernels that take turns over a few rows of the block.
+
+Rows (one per query of the block) depend on each other only by who was evicted. So
+
+1. `rows`, on the whole GPU, a threadgroup per chooser and row, takes all that does not
+   depend on it: per head the maximum and the sum of the exponentials of the columns
+   held when these rows began, and of every column
+   - with memory: each head's exponential times the norm of the value (`shares`),
+   - without: the score that it would have if these rows evicted nobody (`shares`, too);
+2. `scan`, one threadgroup per chooser, goes through the rows in order. It takes the few
+   columns evicted since these rows began out of the sums, and finds the victim: with
+   memory from the shares of all columns, without from the logits of a few candidates.
+
+The candidates: what a head has left, once it is short of the evicted, is divided among
+fewer, so a score only grows, at most by the greatest ratio that the sum of any head has
+to what is left of it. Whoever has a share above the least share times that ratio cannot
+have the lowest score.
+
+Sums lose digits where most was evicted. A head that has less than `_LOST` of its sum
+left is taken again, from the logits of the columns held, and so is the row then. What
+is not a number counts as 0, so that the victim is a column held whatever comes.
+"""
+
+import functools
+from typing import Any
+
+import mlx.core as mx
+
+from ..policies import Rule
+from .scan import Columns, ScanResult
+
+# One flag a column in threadgroup memory, 8.25 KiB.
+MAX_COLUMNS = 67_584
+
+# Rows between two looks of the whole GPU. With fewer, fewer columns are evicted in
+# between that a row must take out of its sums; but each look is two launches.
+ROWS = 64
+
+# 16 simdgroups: enough to hide the loads of the one threadgroup that a layer has, and
+# far from the 1,024 that a kernel with more registers cannot be given.
+_THREADS = 512
+_SIMDGROUPS = _THREADS // 32
+# There are many threadgroups of these.
+_ROW_THREADS = 256
+
+# A sum of 768 exponentials has 1e-7 of itself wrong; of what is left of it, 2e-6.
+_LOST = 0.05
+
+_HEADER = """
+// By its bits: a comparison may be compiled away.
+METAL_FUNC bool tova_is_nan(float x) {
+  return (as_type<uint>(x) & 0x7fffffffu) > 0x7f800000u;
+}
+
+METAL_FUNC float tova_number(float x) { return tova_is_nan(x) ? 0.0f : x; }
+
+// Take an exponential into a sum of them that is relative to the highest.
+METAL_FUNC void tova_add(thread float& high, thread float& sum, float x) {
+  if (x == -INFINITY) return;
+  const float higher = high < x ? x : high;
+  sum = sum * metal::exp(high - higher) + metal::exp(x - higher);
+  high = higher;
+}
+
+// The sum over all lanes, in each of them.
+METAL_FUNC void tova_join(thread float& high, thread float& sum) {
+  const float highest = simd_max(high);
+  // A lane that saw nothing has a sum of 0, and no difference to take.
+  sum = simd_sum(high == -INFINITY ? sum : sum * metal::exp(high - highest));
+  high = highest;
+}
+
+// Take the other column if its score is lower, or as low and it is older.
+METAL_FUNC void tova_take(
+    thread float& score, thread int& column, float other_score, int other_column) {
+  if (other_score < score || (other_score == score && other_column < column)) {
+    score = other_score;
+    column = other_column;
+  }
+}
+"""
+
+_ROWS_SOURCE = """
+  const int tid = int(thread_position_in_threadgroup.x);
+  const int lane = int(thread_index_in_simdgroup);
+  const int simd = int(simdgroup_index_in_threadgroup);
+  const int choice = int(threadgroup_position_in_grid.x);
+  const int row = int(threadgroup_position_in_grid.y);
+  const int n_heads = logits_shape[1];
+  const int n_steps = logits_shape[2];
+  const int n_columns = logits_shape[3];
+  const int step = counts[0] + row;
+  const int n_rows = counts[1];
+  const int n_sinks = counts[3];
+  const int n_recent = counts[4];
+  const int n_seen = n_columns - n_steps + step + 1;
+  const size_t own = size_t(choice) * n_columns;
+  const size_t line = size_t(choice) * n_rows + row;
+
+  threadgroup float top[HEADS];
+  threadgroup float factor[HEADS];
+
+  for (int h = simd; h < HEADS; h += ROW_THREADS / 32) {
+    const int head = choice * HEADS + h;
+    const size_t from = (size_t(head) * n_steps + step) * n_columns;
+    float high = -INFINITY;
+    float sum = 0.0f;
+    for (int c = lane; c < n_seen; c += 32) {
+      if (held_until[own + c] == n_steps) tova_add(high, sum, float(logits[from + c]));
+    }
+    if (SINKS && lane == 0) tova_add(high, sum, float(sinks[head % n_heads]));
+    tova_join(high, sum);
+    if (lane == 0) {
+      top[h] = high;
+      factor[h] = 1.0f / (sum * float(HEADS));
+      tops[line * HEADS + h] = high;
+      sums[line * HEADS + h] = sum;
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
+  const int newest = positions[own + n_columns - 1] - (n_steps - 1 - step);
+  for (int c = tid; c < n_columns; c += ROW_THREADS) {
+    const bool held = c < n_seen && held_until[own + c] == n_steps;
+    const int position = positions[own + c];
+    const bool unprotected = position >= n_sinks && position <= newest - n_recent;
+    float score = 0.0f;
+    for (int h = 0; h < HEADS; ++h) {
+      const int head = choice * HEADS + h;
+      float share = 0.0f;
+      if (held && (MEMORY || unprotected)) {
+        const size_t at = (size_t(head) * n_steps + step) * n_columns + c;
+        share = metal::exp(float(logits[at]) - top[h]);
+        if (WEIGHTED) {
+          share *= tova_number(value_norms[size_t(head / GROUP) * n_columns + c]);
+        }
+      }
+      if (MEMORY) {
+        shares[(line * HEADS + h) * n_columns + c] = share;
+      } else {
+        score += share * factor[h];
+      }
+    }
+    // Those that cannot be evicted are never the least.
+    if (!MEMORY) {
+      shares[line * n_columns + c] =
+          held && unprotected ? tova_number(score) : INFINITY;
+    }
+  }
+"""
+
+_SCAN_SOURCE = """
+  const int tid = int(thread_position_in_threadgroup.x);
+  const int lane = int(thread_index_in_simdgroup);
+  const int simd = int(simdgroup_index_in_threadgroup);
+  const int choice = int(threadgroup_position_in_grid.x);
+  const int n_heads = logits_shape[1];
+  const int n_steps = logits_shape[2];
+  const int n_columns = logits_shape[3];
+  const int n_held = n_columns - n_steps;
+  const int first = counts[0];
+  const int n_rows = counts[1];
+  const int first_evicting = counts[2];
+  const int n_sinks = counts[3];
+  const int n_recent = counts[4];
+  const size_t own = size_t(choice) * n_columns;
+  const int newest_of_all = positions[own + n_columns - 1];
+
+  threadgroup uint evicted[MAX_COLUMNS / 32];
+  threadgroup int victims[ROWS];
+  threadgroup float top[HEADS];
+  threadgroup float factor[HEADS];
+  threadgroup float ratio[HEADS];
+  threadgroup float least[SIMDGROUPS];
+  threadgroup float best_score[SIMDGROUPS];
+  threadgroup int best_column[SIMDGROUPS];
+
+  // A thread keeps to its columns, so what it writes to device memory needs no barrier.
+  for (int c = tid; c < n_columns; c += THREADS) {
+    new_scores[own + c] = MEMORY ? scores[own + c] : 0.0f;
+    last[own + c] = held_until[own + c];
+  }
+  for (int w = tid; w < (n_columns + 31) / 32; w += THREADS) {
+    uint flags = 0u;
+    for (int c = w * 32; c < w * 32 + 32 && c < n_columns; ++c) {
+      if (held_until[own + c] != n_steps) flags |= 1u << (c & 31);
+    }
+    evicted[w] = flags;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+#define TOVA_HELD(c) ((evicted[(c) >> 5] >> ((c) & 31) & 1u) == 0u)
+
+  int n_victims = 0;
+  for (int row = 0; row < n_rows; ++row) {
+    const int step = first + row;
+    const int n_seen = n_held + step + 1;
+    const bool evicts = step >= first_evicting;
+    const size_t line = size_t(choice) * n_rows + row;
+#if TOVA_BEFORE
+    const int nth = row - (n_rows - counts[5]);
+    if (nth >= 0) {
+      const size_t into = (size_t(choice) * counts[5] + nth) * n_columns;
+      for (int c = tid; c < n_columns; c += THREADS) {
+        before[into + c] = new_scores[own + c];
+      }
+    }
+#endif
+
+    // What the evicted leave of the sums.
+    for (int h = simd; h < HEADS; h += SIMDGROUPS) {
+      const int head = choice * HEADS + h;
+      const size_t from = (size_t(head) * n_steps + step) * n_columns;
+      float high = tops[line * HEADS + h];
+      const float sum = sums[line * HEADS + h];
+      float gone = 0.0f;
+      for (int i = lane; i < n_victims; i += 32) {
+        gone += metal::exp(float(logits[from + victims[i]]) - high);
+      }
+      float rest = sum - simd_sum(gone);
+      const bool lost = tova_is_nan(rest) || rest < sum * LOST;
+      if (lost) {
+        high = -INFINITY;
+        rest = 0.0f;
+        for (int c = lane; c < n_seen; c += 32) {
+          if (TOVA_HELD(c)) tova_add(high, rest, float(logits[from + c]));
+        }
+        if (SINKS && lane == 0) tova_add(high, rest, float(sinks[head % n_heads]));
+        tova_join(high, rest);
+      }
+      if (lane == 0) {
+        top[h] = high;
+        // A head that sees nothing has no weights; as NaN they are left out below.
+        factor[h] = high == -INFINITY ? NAN : 1.0f / rest;
+        ratio[h] = lost ? INFINITY : sum / rest;
+      }
+    }
+    float mine = INFINITY;
+    if (!MEMORY) {
+      for (int c = tid; c < n_seen; c += THREADS) {
+        if (TOVA_HELD(c)) mine = metal::min(mine, shares[line * n_columns + c]);
+      }
+      const float lowest_share = simd_min(mine);
+      if (lane == 0) least[simd] = lowest_share;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+
+    float most = 0.0f;
+    for (int h = lane; h < HEADS; h += 32) most = metal::max(most, ratio[h]);
+    most = simd_max(most);
+    const bool lost = most == INFINITY;
+    // The scores after the last step are wanted of all.
+    const bool all = MEMORY || lost || step == n_steps - 1;
+    float bound = INFINITY;
+    if (!all) {
+      // With room for rounding, and for shares too small to have all of their digits.
+      bound = simd_min(lane < SIMDGROUPS ? least[lane] : INFINITY);
+      bound = bound * most * 1.0001f + 1e-37f;
+    }
+
+    float lowest = INFINITY;
+    int victim = INT_MAX;
+    for (int c = all || mine <= bound ? tid : n_seen; c < n_seen; c += THREADS) {
+      if (!TOVA_HELD(c) || !(all || shares[line * n_columns + c] <= bound)) continue;
+      float score = 0.0f;
+      for (int h = 0; h < HEADS; ++h) {
+        if (MEMORY && !lost) {
+          score += shares[(line * HEADS + h) * n_columns + c] * factor[h];
+          continue;
+        }
+        const int head = choice * HEADS + h;
+        const size_t at = (size_t(head) * n_steps + step) * n_columns + c;
+        float weight = metal::exp(float(logits[at]) - top[h]) * factor[h];
+        if (WEIGHTED) {
+          weight *= tova_number(value_norms[size_t(head / GROUP) * n_columns + c]);
+        }
+        score += weight;
+      }
+      score = tova_number(score * (1.0f / float(HEADS)));
+      if (MEMORY) score += memory[0] * new_scores[own + c];
+      if (all) new_scores[own + c] = score;
+      const int position = positions[own + c];
+      if (position >= n_sinks &&
+          position <= newest_of_all - (n_steps - 1 - step) - n_recent) {
+        tova_take(lowest, victim, score, c);
+      }
+    }
+    if (evicts) {
+      for (ushort apart = 16; apart > 0; apart >>= 1) {
+        const float other_score = simd_shuffle_xor(lowest, apart);
+        const int other_column = simd_shuffle_xor(victim, apart);
+        tova_take(lowest, victim, other_score, other_column);
+      }
+      if (lane == 0) {
+        best_score[simd] = lowest;
+        best_column[simd] = victim;
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      for (int s = 0; s < SIMDGROUPS; ++s) {
+        tova_take(lowest, victim, best_score[s], best_column[s]);
+      }
+      if (tid == victim % THREADS) {
+        last[own + victim] = step;
+        evicted[victim >> 5] |= 1u << (victim & 31);
+        victims[n_victims] = victim;
+      }
+      ++n_victims;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+"""
+
+_INPUTS = ["logits", "positions", "held_until", "value_norms", "sinks", "counts"]
+
+
+@functools.cache
+def _rows_kernel() -> Any:
+    return mx.fast.metal_kernel(
+        name="tova_rows",
+        input_names=_INPUTS,
+        output_names=["tops", "sums", "shares"],
+        header=_HEADER,
+        source=_ROWS_SOURCE,
+    )
+
+
+@functools.cache
+def _scan_kernel(before: bool) -> Any:
+    return mx.fast.metal_kernel(
+        name="tova_scan_before" if before else "tova_scan",
+        input_names=[*_INPUTS, "tops", "sums", "shares", "scores", "memory"],
+        output_names=["last", "new_scores", *(["before"] if before else [])],
+        header=f"#define TOVA_BEFORE {before:d}\n#define LOST {_LOST}f{_HEADER}",
+        source=_SCAN_SOURCE,
+    )
+
+
+def scan_on_gpu(
+    logits: mx.array,
+    columns: Columns,
+    rule: Rule,
+    *,
+    limit: int | None,
+    n_before: int = 0,
+    sinks: mx.array | None = None,
+) -> ScanResult:
+    """As `scan_on_cpu`; nothing waits for the device.
+
+    Scores before the last steps are those of rules with memory. Of columns that are not
+    held, `scores` and `before` say nothing.
+    """
+    assert rule.memory or not n_before
+    length, n_columns = logits.shape[2:]
+    shape = columns.positions.shape
+    never = max(0, limit - (n_columns - length)) if limit is not None else length
+    last = mx.full(shape, length, mx.int32)
+    scores, before = columns.scores, []
+    if scores is None or not rule.memory:
+        scores = mx.zeros(shape)
+    block = _Block(logits, columns, rule, never, sinks)
+    # Without memory nothing is wanted of the steps that evict nobody, but of the last.
+    first = 0 if rule.memory else min(never, length - 1)
+    for start in range(first, length, ROWS):
+        stop = min(start + ROWS, length)
+        wanted = min(stop - start, max(0, stop - (length - n_before)))
+        last, scores, *earlier = block.scan(start, stop, last, scores, wanted)
+        before += earlier
+    return ScanResult(last, scores, mx.concatenate(before, axis=1) if before else None)
+
+
+class _Block:
+    """What the kernels are given of a block, whichever of its rows they look at."""
+
+    def __init__(
+        self,
+        logits: mx.array,
+        columns: Columns,
+        rule: Rule,
+        first_evicting: int,
+        sinks: mx.array | None,
+    ):
+        self._logits, self._positions, self._rule = logits, columns.positions, rule
+        self._first_evicting = first_evicting
+        norms, nothing = columns.value_norms, mx.zeros((1,))
+        batch, n_heads = logits.shape[:2]
+        self._heads = batch * n_heads // len(columns.positions)
+        self._norms = nothing if norms is None else norms
+        self._sinks = nothing if sinks is None else sinks
+        self._memory = mx.array([rule.memory])
+        self._template = [
+            ("HEADS", self._heads),
+            ("GROUP", 1 if norms is None else n_heads // norms.shape[1]),
+            ("MEMORY", bool(rule.memory)),
+            ("WEIGHTED", norms is not None),
+            ("SINKS", sinks is not None),
+        ]
+
+    def scan(
+        self, start: int, stop: int, last: mx.array, scores: mx.array, n_before: int
+    ) -> list[mx.array]:
+        """Replay steps start to stop: `last` and scores after them [R, N], and before.
+
+        last, scores: [R, N], as the steps before left them; n_before: for how many of
+        these steps `before` is wanted, [R, n_before, N] of the last ones.
+        """
+        n_choices, n = self._positions.shape
+        n_rows, rule = stop - start, self._rule
+        counts = [start, n_rows, self._first_evicting, rule.n_sinks, rule.n_recent]
+        given = [self._logits, self._positions, last, self._norms, self._sinks]
+        given.append(mx.array([*counts, n_before], mx.int32))
+        per_head = (n_choices, n_rows, self._heads)
+        rows = _rows_kernel()(
+            inputs=given,
+            template=[*self._template, ("ROW_THREADS", _ROW_THREADS)],
+            grid=(n_choices * _ROW_THREADS, n_rows, 1),
+            threadgroup=(_ROW_THREADS, 1, 1),
+            output_shapes=[
+                per_head,
+                per_head,
+                (*per_head, n) if rule.memory else (n_choices, n_rows, n),
+            ],
+            output_dtypes=[mx.float32] * 3,
+        )
+        shape, types = (n_choices, n), [mx.int32, mx.float32, mx.float32]
+        shapes = [shape, shape, *([(n_choices, n_before, n)] if n_before else [])]
+        return _scan_kernel(n_before > 0)(
+            inputs=[*given, *rows, scores, self._memory],
+            template=[
+                *self._template,
+                ("THREADS", _THREADS),
+                ("SIMDGROUPS", _SIMDGROUPS),
+                ("ROWS", ROWS),
+                ("MAX_COLUMNS", MAX_COLUMNS),
+            ],
+            grid=(n_choices * _THREADS, 1, 1),
+            threadgroup=(_THREADS, 1, 1),
+            output_shapes=shapes,
+            output_dtypes=types[: len(shapes)],
+        )
