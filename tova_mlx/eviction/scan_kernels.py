@@ -91,8 +91,8 @@ _ROWS_SOURCE = """
   const int n_columns = logits_shape[3];
   const int step = counts[0] + row;
   const int n_rows = counts[1];
-  const int n_sinks = counts[3];
-  const int n_recent = counts[4];
+  const int n_sinks = counts[2];
+  const int n_recent = counts[3];
   const int n_seen = n_columns - n_steps + step + 1;
   const size_t own = size_t(choice) * n_columns;
   const size_t line = size_t(choice) * n_rows + row;
@@ -123,6 +123,13 @@ _ROWS_SOURCE = """
   for (int c = tid; c < n_columns; c += ROW_THREADS) {
     const bool held = c < n_seen && held_until[own + c] == n_steps;
     const int position = positions[own + c];
+    const int next = c + 1 < n_columns ? positions[own + c + 1] : INT_MAX;
+    // In order of position, so those that are not protected lie side by side.
+    for (int side = 0; side < 2; ++side) {
+      const int limit = side == 0 ? n_sinks - 1 : newest - n_recent;
+      if (position <= limit && limit < next) range[line * 2 + side] = c + 1;
+      if (c == 0 && limit < position) range[line * 2 + side] = 0;
+    }
     const bool unprotected = position >= n_sinks && position <= newest - n_recent;
     float score = 0.0f;
     for (int h = 0; h < HEADS; ++h) {
@@ -160,11 +167,8 @@ _SCAN_SOURCE = """
   const int n_held = n_columns - n_steps;
   const int first = counts[0];
   const int n_rows = counts[1];
-  const int first_evicting = counts[2];
-  const int n_sinks = counts[3];
-  const int n_recent = counts[4];
+  const int first_evicting = counts[4];
   const size_t own = size_t(choice) * n_columns;
-  const int newest_of_all = positions[own + n_columns - 1];
 
   threadgroup uint evicted[MAX_COLUMNS / 32];
   threadgroup int victims[ROWS];
@@ -196,6 +200,8 @@ _SCAN_SOURCE = """
     const int n_seen = n_held + step + 1;
     const bool evicts = step >= first_evicting;
     const size_t line = size_t(choice) * n_rows + row;
+    const int unprotected = range[line * 2];
+    const int recent = range[line * 2 + 1];
 #if TOVA_BEFORE
     const int nth = row - (n_rows - counts[5]);
     if (nth >= 0) {
@@ -278,11 +284,7 @@ _SCAN_SOURCE = """
       score = tova_number(score * (1.0f / float(HEADS)));
       if (MEMORY) score += memory[0] * new_scores[own + c];
       if (all) new_scores[own + c] = score;
-      const int position = positions[own + c];
-      if (position >= n_sinks &&
-          position <= newest_of_all - (n_steps - 1 - step) - n_recent) {
-        tova_take(lowest, victim, score, c);
-      }
+      if (c >= unprotected && c < recent) tova_take(lowest, victim, score, c);
     }
     if (evicts) {
       for (ushort apart = 16; apart > 0; apart >>= 1) {
@@ -309,15 +311,16 @@ _SCAN_SOURCE = """
   }
 """
 
-_INPUTS = ["logits", "positions", "held_until", "value_norms", "sinks", "counts"]
+_INPUTS = ["logits", "held_until", "value_norms", "sinks", "counts"]
+_ROWS_OUTPUTS = ["tops", "sums", "shares", "range"]
 
 
 @functools.cache
 def _rows_kernel() -> Any:
     return mx.fast.metal_kernel(
         name="tova_rows",
-        input_names=_INPUTS,
-        output_names=["tops", "sums", "shares"],
+        input_names=[*_INPUTS, "positions"],
+        output_names=_ROWS_OUTPUTS,
         header=_HEADER,
         source=_ROWS_SOURCE,
     )
@@ -327,7 +330,7 @@ def _rows_kernel() -> Any:
 def _scan_kernel(before: bool) -> Any:
     return mx.fast.metal_kernel(
         name="tova_scan_before" if before else "tova_scan",
-        input_names=[*_INPUTS, "tops", "sums", "shares", "scores", "memory"],
+        input_names=[*_INPUTS, *_ROWS_OUTPUTS, "scores", "memory"],
         output_names=["last", "new_scores", *(["before"] if before else [])],
         header=f"#define TOVA_BEFORE {before:d}\n#define LOST {_LOST}f{_HEADER}",
         source=_SCAN_SOURCE,
@@ -404,12 +407,12 @@ class _Block:
         """
         n_choices, n = self._positions.shape
         n_rows, rule = stop - start, self._rule
-        counts = [start, n_rows, self._first_evicting, rule.n_sinks, rule.n_recent]
-        given = [self._logits, self._positions, last, self._norms, self._sinks]
+        counts = [start, n_rows, rule.n_sinks, rule.n_recent, self._first_evicting]
+        given = [self._logits, last, self._norms, self._sinks]
         given.append(mx.array([*counts, n_before], mx.int32))
         per_head = (n_choices, n_rows, self._heads)
         rows = _rows_kernel()(
-            inputs=given,
+            inputs=[*given, self._positions],
             template=[*self._template, ("ROW_THREADS", _ROW_THREADS)],
             grid=(n_choices * _ROW_THREADS, n_rows, 1),
             threadgroup=(_ROW_THREADS, 1, 1),
@@ -417,8 +420,9 @@ class _Block:
                 per_head,
                 per_head,
                 (*per_head, n) if rule.memory else (n_choices, n_rows, n),
+                (n_choices, n_rows, 2),
             ],
-            output_dtypes=[mx.float32] * 3,
+            output_dtypes=[*[mx.float32] * 3, mx.int32],
         )
         shape, types = (n_choices, n), [mx.int32, mx.float32, mx.float32]
         shapes = [shape, shape, *([(n_choices, n_before, n)] if n_before else [])]
