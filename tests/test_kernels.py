@@ -355,9 +355,7 @@ def seeded_case(number):
         how = {"first_evicting": 2, "block": True, "n_before": 2, "sinks": sinks}
         columns = Columns(mx.array(places), scores, norms)
         newest = mx.full((8,), n - 1, mx.int32)
-        new_scores, last, before = kernels._launch(
-            logits, columns, newest, rule, **how
-        )
+        new_scores, last, before = kernels._launch(logits, columns, newest, rule, **how)
         parts = [last, (before * 1000).round(), (new_scores * 1000).round()]
     else:
         order = mx.array(rng.permuted(places, axis=1).argsort(axis=1))[:, None]

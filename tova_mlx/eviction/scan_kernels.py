@@ -235,8 +235,8 @@ _SCAN_SOURCE = """
       }
       if (lane == 0) {
         top[h] = high;
-        // A head that sees nothing has no weights; as NaN they are left out below.
-        factor[h] = high == -INFINITY ? NAN : 1.0f / rest;
+        // Where a head sees nothing its weights are NaN, and left out below.
+        factor[h] = 1.0f / rest;
         ratio[h] = lost ? INFINITY : sum / rest;
       }
     }
@@ -264,7 +264,8 @@ _SCAN_SOURCE = """
     }
 
     float lowest = INFINITY;
-    int victim = INT_MAX;
+    // A column whatever comes.
+    int victim = n_columns - 1;
     for (int c = all || mine <= bound ? tid : n_seen; c < n_seen; c += THREADS) {
       if (!TOVA_HELD(c) || !(all || shares[line * n_columns + c] <= bound)) continue;
       float score = 0.0f;
