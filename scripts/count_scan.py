@@ -149,6 +149,9 @@ def summary(lines):
         before = own[0]["before"]
         for rows in (key for key in own[0] if key.endswith("rows")):
             what = {k: np.mean([line[rows][k] for line in own]) for k in own[0][rows]}
+            if "most_candidates" in what:
+                each = [line[rows]["most_candidates"] for line in own]
+                what["most_candidates"] = max(each)
             for kind in ("loads", "exponentials"):
                 what[f"{kind}_of_before"] = what[kind] / before[kind]
             what["both_of_before"] = (what["loads"] + what["exponentials"]) / sum(
@@ -187,7 +190,12 @@ def main() -> None:
             f"{name:16} {what['loads']:7.0f} loads ({what['loads_of_before']:.3f}), "
             f"{what['exponentials']:6.0f} exponentials "
             f"({what['exponentials_of_before']:.3f}), both {what['both_of_before']:.3f}"
-            + (f", {what['candidates']:.1f} candidates" if "candidates" in what else "")
+            + (
+                f", {what['candidates']:.1f} candidates (at most "
+                f"{what['most_candidates']})"
+                if "candidates" in what
+                else ""
+            )
         )
     report = {**provenance(), "model": args.model.name, "held": LIMIT}
     report |= {"block": LENGTH, "rows_at_once": scan_kernels.ROWS}

@@ -319,9 +319,10 @@ def overtaken():
     """Who has the least in row 1 as if nobody was evicted in row 0 is not the victim.
 
     A head of each chooser loses most of its sum in row 0: what it gives counts far more
-    in row 1. Of columns 3 and 4, one lives by that head alone and one by the other.
+    in row 1 (not the last, of which all scores are wanted anyway). Of columns 3 and 4,
+    one lives by that head alone and one by the other.
     """
-    n_held, n_rows = 6, 2
+    n_held, n_rows = 6, 3
     weights = np.full((1, 4, n_rows, n_held + n_rows), 0.1)
     weights[:, :, 0, 1] = 0.01
     for loses, other in ((0, 1), (3, 2)):
@@ -329,7 +330,7 @@ def overtaken():
         weights[0, other, 1, [1, 3, 4]] = 0.1, 0.002, 0.02
     rule = resolve_options("tova", n_held, {"granularity": "head"})
     given = mx.array(np.log(weights), mx.float32)
-    columns = ordered(2, n_held + n_rows)._replace(value_norms=mx.ones((1, 2, 8)))
+    columns = ordered(2, n_held + n_rows)._replace(value_norms=mx.ones((1, 2, 9)))
     return (given, columns, rule), {"limit": n_held}, 64
 
 
