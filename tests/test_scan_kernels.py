@@ -63,7 +63,7 @@ def test_a_scan_is_that_of_the_portable_path(kernels_run, first):
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8])
-def test_the_whole_gpu_may_look_as_often_as_it_likes(kernels_run, monkeypatch, rows):
+def test_rows_are_taken_so_many_at_a_time(kernels_run, monkeypatch, rows):
     monkeypatch.setattr(scan_kernels, "ROWS", rows)
     for seed in range(8):
         n_rows = 9 + seed
@@ -71,11 +71,11 @@ def test_the_whole_gpu_may_look_as_often_as_it_likes(kernels_run, monkeypatch, r
         n_before = min(n_rows, 5) if case.rule.memory else 0
         kernels_run.clear()
         check_case(case, n_before)
-        looks = kernels_run.count("tova_rows")
-        assert kernels_run[::2] == ["tova_rows"] * looks
+        parts = kernels_run.count("tova_rows")
+        assert kernels_run[::2] == ["tova_rows"] * parts
         # Without memory it begins where evictions do.
         most = -(-n_rows // rows)
-        assert looks == most if case.rule.memory else 1 <= looks <= most
+        assert parts == most if case.rule.memory else 1 <= parts <= most
 
 
 @pytest.mark.parametrize("seed", [3, 4, 5, 6, 7])
@@ -206,12 +206,12 @@ def test_without_a_limit_nobody_is_evicted(kernels_run):
 @pytest.mark.real_model
 @pytest.mark.parametrize("policy", ["tova", "fade", "h2o"])
 def test_scans_of_a_real_model(demo, text, kernels_run, monkeypatch, policy):
-    # A full cache's next 100 tokens. Of the layers only some are compared.
+    # The next block of a full cache. Only some layers are compared.
     model, tokenizer = demo
-    tokens = mx.array(tokenizer.encode(text)[:256])[None]
-    caches = make_prompt_cache(model, 156, policy=policy)
+    tokens = mx.array(tokenizer.encode(text)[: 128 + block.BLOCK])[None]
+    caches = make_prompt_cache(model, 128, policy=policy)
     monkeypatch.setenv("TOVA_MLX_KERNELS", "off")
-    model(tokens[:, :156], cache=caches)
+    model(tokens[:, :128], cache=caches)
     seen = []
 
     def noted(logits, columns, rule, **how):
@@ -219,14 +219,13 @@ def test_scans_of_a_real_model(demo, text, kernels_run, monkeypatch, policy):
         return scan_block(logits, columns, rule, **how)
 
     monkeypatch.setattr(block, "scan_block", noted)
-    model(tokens[:, 156:], cache=caches)
+    model(tokens[:, 128:], cache=caches)
     assert len(seen) == len(caches)
     monkeypatch.setenv("TOVA_MLX_KERNELS", "on")
-    for logits, columns, rule, how in seen[::7]:
+    for logits, columns, rule, how in seen[::10]:
         del how["at_eviction"]
-        assert (check(logits, columns, rule, **how) < 100).sum() == 100 * len(
-            columns.positions
-        )
+        last = check(logits, columns, rule, **how)
+        assert ((last < block.BLOCK).sum(axis=1) == block.BLOCK).all()
     assert "tova_rows" in kernels_run
 
 

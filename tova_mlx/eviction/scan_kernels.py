@@ -1,27 +1,32 @@
-"""The prefill scan as two Metal kernels that take turns over a few rows of the block.
+"""The prefill scan as two Metal kernels, which take turns over 64 rows of the block.
 
 Rows (one per query of the block) depend on each other only by who was evicted. So
 
-1. `rows`, on the whole GPU, a threadgroup per chooser and row, takes all that does not
-   depend on it: per head the maximum and the sum of the exponentials of the columns
-   held when these rows began, and of every column
-   - with memory: each head's exponential times the norm of the value (`shares`),
-   - without: the score that it would have if these rows evicted nobody (`shares`, too);
-2. `scan`, one threadgroup per chooser, goes through the rows in order. It takes the few
-   columns evicted since these rows began out of the sums, and finds the victim: with
-   memory from the shares of all columns, without from the logits of a few candidates.
+1. `rows`, on the whole GPU, one threadgroup per chooser and row, takes all that does
+   not depend on it: per head the maximum and the sum of the exponentials of the columns
+   held when these rows began, and the `shares`: with memory each head's exponential
+   times the norm of the value; without, the score that a column would have if none of
+   these rows evicted anything.
+2. `scan`, one threadgroup per chooser, goes through the rows in order. It takes what
+   was evicted since these rows began out of the sums, and finds the victim: with memory
+   from the shares of all columns, without from the logits of a few candidates.
 
-The candidates: what a head has left, once it is short of the evicted, is divided among
-fewer, so a score only grows, at most by the greatest ratio that the sum of any head has
-to what is left of it. Whoever has a share above the least share times that ratio cannot
-have the lowest score.
+The candidates: with fewer columns to divide a head's weights among, each gets more, at
+most by the greatest ratio, over the heads, of a sum to what is left of it. A column
+whose share is above that ratio times the least share cannot have the lowest score.
 
-Sums lose digits where most was evicted. A head that has less than `_LOST` of its sum
-left is taken again, from the logits of the columns held, and so is the row then. What
-is not a number counts as 0, so that the victim is a column held whatever comes.
+A sum that loses most of itself loses digits. A head with less than `_LOST` of its sum
+left is taken again, from the logits of the columns held; that row then reads the logits
+of all columns. What is not a number counts as 0, so that the victim is a column held
+whatever comes.
+
+Counted (scripts/count_scan.py) on SmolLM2 with 512 + 256 columns, per row of the
+sequential kernel: `tova` loads 900 and 310 exponentials, `fade` 5,500 and 280, `h2o`
+2,300 and 90 per KV head. Time was not measured.
 """
 
 import functools
+import itertools
 from typing import Any
 
 import mlx.core as mx
@@ -32,9 +37,13 @@ from .scan import Columns, ScanResult
 # One flag a column in threadgroup memory, 8.25 KiB.
 MAX_COLUMNS = 67_584
 
-# Rows between two looks of the whole GPU. With fewer, fewer columns are evicted in
-# between that a row must take out of its sums; but each look is two launches.
+# Rows that the two kernels take at a time. With fewer of them, a row has fewer columns
+# to take out of its sums; but there are more launches.
 ROWS = 64
+
+# MLX compiles a kernel again whenever an input comes to have less than 8 elements or
+# ceases to. With as many rows no output of the first kernel has.
+_FEWEST_ROWS = 8
 
 # 16 simdgroups: enough to hide the loads of the one threadgroup that a layer has, and
 # far from the 1,024 that a kernel with more registers cannot be given.
@@ -355,16 +364,19 @@ def scan_on_gpu(
     assert rule.memory or not n_before
     length, n_columns = logits.shape[2:]
     shape = columns.positions.shape
-    never = max(0, limit - (n_columns - length)) if limit is not None else length
+    first_evicting = (
+        max(0, limit - (n_columns - length)) if limit is not None else length
+    )
     last = mx.full(shape, length, mx.int32)
     scores, before = columns.scores, []
     if scores is None or not rule.memory:
         scores = mx.zeros(shape)
-    block = _Block(logits, columns, rule, never, sinks)
+    block = _Block(logits, columns, rule, first_evicting, sinks)
     # Without memory nothing is wanted of the steps that evict nobody, but of the last.
-    first = 0 if rule.memory else min(never, length - 1)
-    for start in range(first, length, ROWS):
-        stop = min(start + ROWS, length)
+    first = 0 if rule.memory else max(0, min(first_evicting, length - _FEWEST_ROWS))
+    n_parts = -(-(length - first) // ROWS)
+    ends = [first + (length - first) * i // n_parts for i in range(n_parts + 1)]
+    for start, stop in itertools.pairwise(ends):
         wanted = min(stop - start, max(0, stop - (length - n_before)))
         last, scores, *earlier = block.scan(start, stop, last, scores, wanted)
         before += earlier
