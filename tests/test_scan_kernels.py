@@ -230,18 +230,18 @@ def test_scans_of_a_real_model(demo, text, kernels_run, monkeypatch, policy):
 
 
 SOURCES = {
-    "rows": scan_kernels._ROWS_SOURCE,
-    "scan": scan_kernels._SCAN_SOURCE,
-    "header": scan_kernels._HEADER,
+    "rows": scan_kernels.ROWS_SOURCE,
+    "scan": scan_kernels.SCAN_SOURCE,
+    "header": scan_kernels.HEADER,
 }
 
 
 def build(sources):
     """The kernels made of these sources, as a function from a number of a case."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scan_kernels, "_ROWS_SOURCE", sources["rows"])
-        patch.setattr(scan_kernels, "_SCAN_SOURCE", sources["scan"])
-        patch.setattr(scan_kernels, "_HEADER", sources["header"])
+        patch.setattr(scan_kernels, "ROWS_SOURCE", sources["rows"])
+        patch.setattr(scan_kernels, "SCAN_SOURCE", sources["scan"])
+        patch.setattr(scan_kernels, "HEADER", sources["header"])
         test_kernels.forget_kernels()
         rows = scan_kernels._rows_kernel()
         scans = {before: scan_kernels._scan_kernel(before) for before in (False, True)}
