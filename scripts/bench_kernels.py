@@ -16,8 +16,8 @@ import mlx.core as mx
 from common import finish, provenance
 
 from tova_mlx.eviction import step_on_gpu
-from tova_mlx.eviction.kernels import scan_on_gpu
 from tova_mlx.eviction.scan import Columns, scan_on_cpu
+from tova_mlx.eviction.scan_kernels import scan_on_gpu
 from tova_mlx.eviction.step import step_on_cpu
 from tova_mlx.policies import resolve_options
 from tova_mlx.storage.fields import Fresh

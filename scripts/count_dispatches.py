@@ -35,14 +35,15 @@ from mlx_lm.models.cache import (
 
 from tova_mlx import make_prompt_cache
 from tova_mlx.caches.batch import BatchPolicyKVCache
-from tova_mlx.eviction import choice_kernel, kernels, step_kernel
+from tova_mlx.eviction import choice_kernel, scan_kernels, step_kernel
 from tova_mlx.policies import keydiff_kernel
 from tova_mlx.storage import metal
 from tova_mlx.storage.entries import arrays_of
 
 KERNELS = (
-    *(kernels._kernel, step_kernel._kernel, metal.take_kernel),
-    *(choice_kernel._kernel, keydiff_kernel._kernel),
+    *(step_kernel._kernel, choice_kernel._kernel, metal.take_kernel),
+    *(scan_kernels._rows_kernel, scan_kernels._scan_kernel),
+    *(keydiff_kernel._kernel, keydiff_kernel._scan_kernel),
 )
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 64
 BLOCK = 64

@@ -47,7 +47,11 @@ BUGS = [
                 "            self.positions = self.scores = None\n"
                 "            return\n",
             ),
-            Edit("eviction/kernels.py", "if rule.memory and scores is None:", "if 0:"),
+            Edit(
+                "eviction/step_kernel.py",
+                "mx.zeros(positions.shape) if rule.memory else nothing()",
+                "nothing()",
+            ),
         ],
         (KERNELS,),
     ),
@@ -55,9 +59,9 @@ BUGS = [
         "norms wait for the first eviction as a graph (defect 7)",
         [
             Edit(
-                "caches/layer.py",
-                "output = slots.tied(plain_attention(queries, keys, values, args))\n",
-                "output = plain_attention(queries, keys, values, args)\n",
+                "caches/chunk.py",
+                "slots.settle()\n    return Attended(slots.tied(",
+                "slots.settle()\n    return Attended((",
             )
         ],
     ),
@@ -103,9 +107,9 @@ BUGS = [
         "a new token has the score of the slot's last one",
         [
             Edit(
-                "storage/slots.py",
-                "if self.scores is not None and self.victim is not None:",
-                "if False:",
+                "storage/fields.py",
+                "if self.scores is not None:\n            self.scores = write",
+                "if False:\n            self.scores = write",
             )
         ],
     ),
@@ -156,15 +160,11 @@ BUGS = [
         (BATCH, CACHE),
     ),
     Bug(
-        "a batch's new token has the score of the slot's last one",
+        "in a kernel the new token has the score of the slot's last one",
         [
-            Edit(
-                "storage/stack.py",
-                "write(self.scores, mx.zeros(slot.shape), slot)",
-                "self.scores",
-            )
+            Edit("eviction/step_kernel.py", "MEMORY && c != fresh ?", "MEMORY ?"),
         ],
-        (BATCH, CACHE),
+        (KERNELS,),
     ),
     Bug(
         "padding on the left is one token longer",
@@ -192,8 +192,8 @@ BUGS = [
         [
             Edit(
                 "caches/layer.py",
-                "what fails leaves no trace.\n        slots = self._slots.twin()",
-                "what fails leaves no trace.\n        slots = self._slots",
+                "no trace.\n        slots, chunk = self._slots.twin()",
+                "no trace.\n        slots, chunk = self._slots",
             )
         ],
     ),
@@ -212,7 +212,7 @@ BUGS = [
         [
             Edit(
                 "caches/lockstep.py",
-                "elif cache.offset != self._offset:",
+                "elif cache.seen != self._offset:",
                 "elif False:",
             )
         ],
@@ -249,16 +249,16 @@ BUGS = [
                 "slots.positions, slots.scores, slots.value_norms",
                 "slots.positions, _, slots.value_norms",
             ),
-            Edit("storage/state.py", "        _check(slots)\n    except", "    except"),
+            Edit("storage/state.py", "        _check(slots)\n        if", "        if"),
         ],
     ),
     Bug(
         "the kernel protects the recent tokens of a block's end",
         [
             Edit(
-                "eviction/kernels.py",
-                "newest_of_all - (n_steps - 1 - step) - n_recent",
-                "newest_of_all - n_recent",
+                "eviction/scan_sources.py",
+                "positions[own + n_columns - 1] - (n_steps - 1 - step)",
+                "positions[own + n_columns - 1]",
             )
         ],
         (KERNELS,),
@@ -267,7 +267,9 @@ BUGS = [
         "the kernel forgets that the norm of the value counts",
         [
             Edit(
-                "eviction/kernels.py", "if (WEIGHTED) weight *=", "if (false) weight *="
+                "eviction/scan_sources.py",
+                "if (WEIGHTED) {\n          share *=",
+                "if (false) {\n          share *=",
             )
         ],
         (KERNELS,),

@@ -17,18 +17,15 @@ from test_cache import CASES
 
 from tova_mlx import make_prompt_cache
 from tova_mlx.eviction import (
-    choice,
     choice_kernel,
     choose_on_gpu,
     choose_victim,
-    kernels,
     kernels_wanted,
-    scan_block,
+    scan_kernels,
     scored_scan,
     step_kernel,
     step_on_gpu,
 )
-from tova_mlx.eviction.scan import Columns, scan_on_cpu
 from tova_mlx.eviction.step import step_on_cpu
 from tova_mlx.policies import keydiff, keydiff_kernel, resolve_options
 from tova_mlx.storage import metal
@@ -67,10 +64,12 @@ def kernels_run(monkeypatch):
 
 def forget_kernels():
     """Kernels are made again when they are next asked for."""
-    for module in (kernels, step_kernel, choice_kernel, keydiff_kernel):
+    for module in (step_kernel, choice_kernel, keydiff_kernel):
         module._kernel.cache_clear()
+    for module in (scan_kernels, keydiff_kernel):
+        module._scan_kernel.cache_clear()
+    scan_kernels._rows_kernel.cache_clear()
     metal.take_kernel.cache_clear()
-    keydiff_kernel._scan_kernel.cache_clear()
 
 
 class Case:
@@ -210,34 +209,6 @@ def check_step(case, off=2e-5):
     assert (np.take_along_axis(positions, victim, axis=2) == tied).all(), case
 
 
-def check_scan(case, n_before=0):
-    """Everyone lives as long, and is worth as much, as in the portable path."""
-    n_rows = case.logits.shape[2]
-    flat = (-1, case.n)
-    scores = mx.zeros(case.positions.shape) if case.scores is None else case.scores
-    columns = Columns(case.positions.reshape(flat), scores.reshape(flat), case.norms)
-    how = {"limit": case.rule.max_size, "n_before": n_before, "sinks": case.sinks}
-    want = scan_on_cpu(case.logits, columns, case.rule, **how)
-    got = scan_block(case.logits, columns, case.rule, **how)
-    last = np.array(want.last)
-    assert np.array_equal(last, np.array(got.last)), case
-    for there, row in [(want.scores, n_rows), *enumerated(want, n_before, n_rows)]:
-        mine = got.scores
-        if row < n_rows:
-            mine = got.before[:, row - n_rows + n_before]
-        alive = (last >= row) & (np.arange(case.n) < case.n - n_rows + row)
-        np.testing.assert_allclose(
-            np.array(mine)[alive], np.array(there)[alive], rtol=1e-4, atol=1e-6
-        )
-
-
-def enumerated(result, n_before, n_rows):
-    return [
-        (result.before[:, i], n_rows - n_before + i)
-        for i in range(n_before if result.before is not None else 0)
-    ]
-
-
 @pytest.mark.parametrize("first", range(0, 160, 20))
 def test_a_step_is_that_of_the_portable_path(kernels_run, first):
     for seed in range(first, first + 20):
@@ -283,29 +254,6 @@ def test_a_step_that_evicts_nobody_updates_the_scores(kernels_run):
     want, _ = step_on_cpu(case.weights(), *arguments)
     assert victim is None
     np.testing.assert_allclose(np.array(got), np.array(want), rtol=2e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("first", range(0, 60, 10))
-def test_a_scan_is_that_of_the_portable_path(kernels_run, first):
-    for seed in range(first, first + 10):
-        n_rows = 2 + seed % 17
-        case = Case(seed, n_rows + seed % 41, n_rows=n_rows)
-        check_scan(case, min(n_rows, seed % 4) if case.rule.memory else 0)
-    assert set(kernels_run) <= {"tova_scan", "tova_scan_before"}
-
-
-def test_a_scan_of_a_whole_block(kernels_run):
-    check_scan(Case(3, 256 + 200, 4, n_rows=256), 16)
-
-
-def test_more_columns_than_the_kernel_has_room_for_are_scanned_elsewhere(
-    kernels_run, monkeypatch
-):
-    monkeypatch.setattr(choice, "MAX_COLUMNS", 20)
-    check_scan(Case(3, 21, n_rows=4))
-    assert kernels_run == []
-    check_scan(Case(3, 20, n_rows=4))
-    assert kernels_run == ["tova_scan"]
 
 
 @pytest.mark.parametrize(("policy", "options"), CASES)
@@ -546,11 +494,12 @@ def test_nothing_waits_for_the_device(monkeypatch, policy):
     mx.compile(generate)(tiny.tokens(30), mx.array([[1]]))
     forget_kernels()
     layers = len(caches)
-    scans = [name for name in ran if "scan" in name]
-    assert len(scans) == (0 if policy == "window" else layers)
+    scans = [name for name in ran if "scan" in name or "rows" in name]
+    a_block = {"window": 0, "keydiff": 1}.get(policy, 2)
+    assert len(scans) == a_block * layers
     steps = {"window": 0, "keydiff": 2}.get(policy, 1)
     # A journal is written from the first step on that finds a victim.
-    kinds = [name for name in ran if "scan" not in name]
+    kinds = [name for name in ran if name not in scans]
     copies = sum(name.startswith("tova_take") for name in kinds)
     assert copies == 3 * layers
     assert len(kinds) - copies == 4 * layers * steps

@@ -3,8 +3,10 @@
 from .build import missing, skip_reason
 from .findings import Finding, Kind, MSLError
 from .kernel import Kernel, Options, checked_kernels, install, uninstall
+from .run import Counts
 
 __all__ = [
+    "Counts",
     "Finding",
     "Kernel",
     "Kind",

@@ -14,7 +14,7 @@ from .build import CompileError, build
 from .findings import Finding, Kind, MSLError
 from .lint import lint
 from .record import Record, record
-from .run import Setting, run, threadgroup_bytes
+from .run import Counts, Setting, run, threadgroup_bytes
 
 _MAX_THREADS = 1024
 _MAX_THREADGROUP_BYTES = 32 << 10
@@ -41,6 +41,7 @@ class Options:
             Metal may. A number that is only moved stays as it is, and so do float16.
         width: threads of a simdgroup, at most 64.
         seconds: of CPU time that one run may take.
+        counts: takes each run's kernel and `Counts`.
     """
 
     checked: bool = True
@@ -50,6 +51,7 @@ class Options:
     flush: bool = field(default_factory=lambda: _asked("FLUSH"))
     width: int = 32
     seconds: int = 120
+    counts: list[tuple[str, Counts]] | None = None
 
 
 class Kernel:
@@ -108,7 +110,10 @@ class Kernel:
                     self.output_names, output_shapes, output_dtypes, strict=True
                 )
             ]
-            self._raise_if(run(library, [*arguments, *outputs], setting))
+            found, counts = run(library, [*arguments, *outputs], setting)
+            self._raise_if(found)
+            if _options.counts is not None:
+                _options.counts.append((self.name, counts))
             results.append([output.array for output in outputs])
         self._raise_if(_differences(self.output_names, results))
         pairs = zip(results[0], output_dtypes, strict=True)

@@ -4,7 +4,7 @@ import ctypes
 import functools
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ class _Buffer(ctypes.Structure):
         ("element_bytes", ctypes.c_uint32),
         ("is_output", ctypes.c_uint32),
         ("is_filled", ctypes.c_uint32),
+        ("reads", ctypes.c_uint64),
     )
 
 
@@ -57,6 +58,7 @@ class _Launch(ctypes.Structure):
         ("seconds", ctypes.c_uint32),
         ("checked", ctypes.c_uint32),
         ("flush", ctypes.c_uint32),
+        ("exponentials", ctypes.c_uint64),
     )
 
 
@@ -91,9 +93,21 @@ class Setting:
     flush: bool
 
 
+@dataclass(frozen=True)
+class Counts:
+    """What one run of a kernel did, all threads together.
+
+    reads: elements read of each buffer, by its name, in the checked build; a read that
+    several threads share counts for each. exponentials: calls of `exp`.
+    """
+
+    reads: Mapping[str, int]
+    exponentials: int
+
+
 def run(
     library: Path, arguments: Sequence[Argument], setting: Setting
-) -> list[Finding]:
+) -> tuple[list[Finding], Counts]:
     """Run the kernel in a library that `build` made."""
     kernel = _load(library)
     buffers = (_Buffer * max(1, len(arguments)))(*map(_buffer, arguments))
@@ -115,7 +129,9 @@ def run(
     )
     _load(build_runtime()).msl_launch(ctypes.byref(launch))
     found = findings[: launch.n_findings]
-    return [_finding(library, raw) for raw in found]
+    reads = {a.name: b.reads for a, b in zip(arguments, buffers, strict=False)}
+    counts = Counts(reads, launch.exponentials)
+    return [_finding(library, raw) for raw in found], counts
 
 
 def threadgroup_bytes(library: Path) -> int:

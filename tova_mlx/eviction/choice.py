@@ -6,8 +6,8 @@ import mlx.core as mx
 
 from ..policies import Rule
 from ..storage.device import kernels_wanted
-from .kernels import MAX_COLUMNS, scan_on_gpu
 from .scan import Columns, ScanResult, scan_on_cpu
+from .scan_kernels import MAX_COLUMNS, scan_on_gpu
 
 
 def scan_block(

@@ -2,9 +2,9 @@
 
 Within a layer, which token is evicted depends only on that layer's queries and keys, so
 the logits of a whole block come from one matmul and only the bookkeeping is sequential.
-This is the portable NumPy version; the Metal one is in `kernels`. R below is [B * H']
-flattened, H' = 1 (layer) or n_kv_heads (head); N = n_held + L columns in order of
-position; the token of step i is column n_held + i.
+This is the portable NumPy version; the Metal one is in `scan_kernels`. R below is
+[B * H'] flattened, H' = 1 (layer) or n_kv_heads (head); N = n_held + L columns in order
+of position; the token of step i is column n_held + i.
 """
 
 from typing import Any, NamedTuple

@@ -37,6 +37,11 @@ void __msl_simdgroup_barrier(uint32_t flags) {
   wait(State::AT_SIMD_BARRIER, CALLER);
 }
 
+float __msl_exp(float x) {
+  launch->exponentials++;
+  return __builtin_expf(x);
+}
+
 uint32_t __msl_lane() { return current->slot; }
 
 uint32_t __msl_width() { return launch->width; }

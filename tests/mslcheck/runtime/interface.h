@@ -15,6 +15,7 @@ struct Buffer {
   uint32_t element_bytes;
   uint32_t is_output;
   uint32_t is_filled;  // an output that starts with an init_value
+  uint64_t reads;      // of elements, written by the runtime if it checks
 };
 
 // A threadgroup variable, from the table that build.py adds to the kernel's assembly.
@@ -33,7 +34,7 @@ struct Finding {
 struct Launch {
   void (*kernel)(const uint64_t* buffers, const Attributes* attributes);
   const Variable* variables;
-  const Buffer* buffers;
+  Buffer* buffers;
   Finding* findings;
   uint32_t n_buffers;
   uint32_t max_findings;
@@ -45,4 +46,5 @@ struct Launch {
   uint32_t seconds;  // of CPU time, then the launch ends with a finding
   uint32_t checked;  // whether the kernel calls the hooks of hooks.h
   uint32_t flush;    // whether denormal floats are 0, as arguments and as results
+  uint64_t exponentials;  // written by the runtime: calls of exp
 };

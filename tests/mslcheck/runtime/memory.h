@@ -43,6 +43,7 @@ struct Region {
   bool is_output = false;
   bool is_filled = false;
   uint32_t cell_bytes = 0;  // 4, or 1 once something smaller was touched; 0: input
+  uint64_t reads = 0;       // of elements
   std::vector<Cell> cells;
 
   bool contains(uintptr_t address, uint64_t n) const {
@@ -136,7 +137,8 @@ Region* region_near(uintptr_t address) {
 
 void take_outputs_back() {
   for (uint32_t i = 0; i < n_buffers; i++) {
-    const Buffer& buffer = launch->buffers[i];
+    Buffer& buffer = launch->buffers[i];
+    buffer.reads = regions[i].reads;
     if (buffer.is_output) {
       memcpy(buffer.data, reinterpret_cast<void*>(addresses[i]), buffer.bytes);
     }

@@ -99,6 +99,7 @@ void run_grid(const Grid& grid) {
 void start(Launch* what) {
   launch = what;
   launch->n_findings = 0;
+  launch->exponentials = 0;
   reported.clear();
   stopped = false;
   current = nullptr;

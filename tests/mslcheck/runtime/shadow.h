@@ -178,6 +178,9 @@ void check(const volatile void* pointer, uint64_t n, Action action, uintptr_t co
     if (action == Action::READ && is_constant(address)) return;
     stop_out_of_bounds(region, address, n, action, code);
   }
+  if (needs_value(action)) {
+    region->reads += std::max<uint64_t>(1, n / region->element_bytes);
+  }
   if (!region->cell_bytes) {
     if (!modifies(action)) return;
     report("write to input", code, "write to %s[%ld]", region->name,

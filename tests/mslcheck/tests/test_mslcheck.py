@@ -76,6 +76,15 @@ def test_victims_are_numpys_and_nothing_is_found(dtype):
     assert launched == ["partial", "final"] * len(sizes)
 
 
+def test_reads_and_exponentials_are_counted():
+    counts = []
+    source = "out[i] = a[i]; if (i < 9) out[i] += metal::exp(a[0]) + a[i + 1];"
+    run(source, options={"orders": 1, "counts": counts})
+    ((name, counted),) = counts
+    assert (name, counted.exponentials) == ("small", 9)
+    assert counted.reads == {"a": 64 + 9 + 9, "out": 9}
+
+
 def test_the_fast_build_gives_the_same_at_full_size():
     weights = np.random.default_rng(0).random((32, 65536)).astype(np.float32)
     expected = examples.victim_reference(weights, 65535)
