@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx_lm.models.base import create_causal_mask
 
 from ..attention.arguments import AttentionArgs
@@ -22,7 +21,6 @@ from ..eviction import window_mask
 from ..hooks import dispatcher, registration, trimming
 from ..policies import Granularity
 from ..storage.archive import Archive
-from ..storage.disk_archive import Disk, DiskArchive
 from ..storage.entries import Entries, dequantized, to_mlx
 from ..storage.formats import storage_for
 from ..storage.observer import Callback, Observer, RecallCallback
@@ -30,6 +28,7 @@ from ..storage.recall import Recall
 from ..storage.rotation import Renumbering
 from ..storage.slots import Slots
 from ..storage.state import from_state, to_state
+from .archived import Archived
 from .base import Pending, PolicyCache, calling_module
 from .batch import BatchPolicyKVCache
 from .chunk import Chunk, attend, attend_in_parts, is_cut, store
@@ -38,7 +37,7 @@ from .options import JOURNAL, CacheOptions
 from .refusals import check_entries, check_recall, check_values, windowed
 
 
-class PolicyKVCache(PolicyCache):
+class PolicyKVCache(PolicyCache, Archived):
     """A key/value cache of one layer that keeps `max_size` tokens under a policy.
 
     Per step the new token is stored, its query attends to everything held, and then,
@@ -197,26 +196,6 @@ class PolicyKVCache(PolicyCache):
         self._slots = self._slots.twin()
         self.rule = self._slots.rule = self.options.rule.pinning(n)
 
-    @property
-    def archives_on_disk(self) -> bool:
-        """Whether what is evicted is kept on a disk."""
-        recall = self._slots.recall
-        return recall is not None and isinstance(recall.archive, DiskArchive)
-
-    def archive_on(self, disk: Disk | None) -> None:
-        """Keep what is evicted, and was so far, on a disk, or in memory.
-
-        Raises CacheStateError: what is on disk cannot be had.
-        """
-        recall = self._slots.recall
-        assert recall is not None
-        archive = recall.archive.in_memory(self.seen)
-        slots = self._slots.twin()
-        if disk is not None:
-            archive = DiskArchive.of(archive, disk, self.seen)
-        slots.recall = replace(recall, archive=archive)
-        self._slots = slots
-
     def observe(
         self,
         callback: Callback | None,
@@ -249,42 +228,6 @@ class PolicyKVCache(PolicyCache):
         """Bytes of all arrays of the cache, its journal and an archive in memory."""
         archived = 0 if self.archives_on_disk else self.archive_nbytes
         return self._slots.nbytes + archived
-
-    @property
-    def recalled_positions(self) -> list[int]:
-        """The indices of the tokens that the newest could read again, ascending."""
-        recall = self._slots.recall
-        if recall is None or recall.read is None:
-            return []
-        found = np.unique(np.array(recall.read))
-        return found[found >= 0].tolist()
-
-    @property
-    def recalled(self) -> int:
-        """How many tokens, at most in a KV head, the newest could read again."""
-        recall = self._slots.recall
-        if recall is None or recall.read is None:
-            return 0
-        return int((recall.read >= 0).sum(axis=-1).max())
-
-    @property
-    def archived(self) -> int:
-        """How many tokens were evicted that may be read again."""
-        recall = self._slots.recall
-        return 0 if recall is None else recall.archive.count
-
-    @property
-    def archive_failed(self) -> str:
-        """Why an archive on disk takes no more; empty: it does."""
-        recall = self._slots.recall
-        disk = getattr(recall and recall.archive, "disk", None)
-        return "" if disk is None else disk.failed
-
-    @property
-    def archive_nbytes(self) -> int:
-        """Bytes of the archive, in memory or on disk."""
-        recall = self._slots.recall
-        return 0 if recall is None else recall.archive.nbytes
 
     @property
     def max_nbytes(self) -> int | None:

@@ -1,0 +1,75 @@
+"""What of the evicted can come back: that part of a layer's cache."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from ..storage.disk_archive import Disk, DiskArchive
+from ..storage.slots import Slots
+
+
+class Archived:
+    """The archive of a cache whose `recall` slots bring evicted tokens back."""
+
+    _slots: Slots
+
+    @property
+    def seen(self) -> int:
+        """Tokens seen."""
+        raise NotImplementedError
+
+    @property
+    def archives_on_disk(self) -> bool:
+        """Whether what is evicted is kept on a disk."""
+        recall = self._slots.recall
+        return recall is not None and isinstance(recall.archive, DiskArchive)
+
+    def archive_on(self, disk: Disk | None) -> None:
+        """Keep what is evicted, and was so far, on a disk, or in memory.
+
+        Raises CacheStateError: what is on disk cannot be had.
+        """
+        recall = self._slots.recall
+        assert recall is not None
+        archive = recall.archive.in_memory(self.seen)
+        slots = self._slots.twin()
+        if disk is not None:
+            archive = DiskArchive.of(archive, disk, self.seen)
+        slots.recall = replace(recall, archive=archive)
+        self._slots = slots
+
+    @property
+    def recalled_positions(self) -> list[int]:
+        """The indices of the tokens that the newest could read again, ascending."""
+        recall = self._slots.recall
+        if recall is None or recall.read is None:
+            return []
+        found = np.unique(np.array(recall.read))
+        return found[found >= 0].tolist()
+
+    @property
+    def recalled(self) -> int:
+        """How many tokens, at most in a KV head, the newest could read again."""
+        recall = self._slots.recall
+        if recall is None or recall.read is None:
+            return 0
+        return int((recall.read >= 0).sum(axis=-1).max())
+
+    @property
+    def archived(self) -> int:
+        """How many tokens were evicted that may be read again."""
+        recall = self._slots.recall
+        return 0 if recall is None else recall.archive.count
+
+    @property
+    def archive_failed(self) -> str:
+        """Why an archive on disk takes no more; empty: it does."""
+        recall = self._slots.recall
+        disk = getattr(recall and recall.archive, "disk", None)
+        return "" if disk is None else disk.failed
+
+    @property
+    def archive_nbytes(self) -> int:
+        """Bytes of the archive, in memory or on disk."""
+        recall = self._slots.recall
+        return 0 if recall is None else recall.archive.nbytes
