@@ -7,18 +7,18 @@ There the logits that choose a victim are rounded to the model's type, and so ar
 scaled queries; products add up in float32. Here the model runs in float32, with
 queries, keys and values rounded to that type, and so do the scans that evict in a
 prompt, which are exact token by token: as if all of the text was decoded. Attention
-itself is the same in all runs. For float16, bfloat16, and bfloat16 with queries that
-are scaled by no power of two, as where a head has 128 numbers (those of the models
-measured have 64, and their scale rounds nothing):
+itself is the same in all runs. For float16 and bfloat16:
 
 - along the run by float32 logits: how often the rounded ones choose another victim,
-  by how much its score in float32 is above the lowest, as a part of it, and how often
-  it is the second lowest; beside it, how often float32 is not sure, which is how often
-  a step's softmax and the scan's choose otherwise;
+  also of the layer where it is most often, by how much its score in float32 is above
+  the lowest, as a part of it, and how often it is the second lowest; beside it, how
+  often float32 is not sure, which is how often a step's softmax and the scan's choose
+  otherwise. Once more with queries that are not scaled by a power of two, as where a
+  head has 128 numbers: heads of 64 have a scale that rounds nothing;
 - run by rounded logits: the change of perplexity of the tokens past the limit against
-  the run by float32 logits, beside what evicting costs against the full cache, and
-  which part of the tokens held at the end is the same. Errors are of the paired mean,
-  in blocks of 64 tokens.
+  the run by float32 logits, beside what evicting costs against the full cache (in
+  float16), and which part of the tokens held at the end is the same. Errors are of the
+  paired mean, in blocks of 64 tokens.
 
 The last line is JSON.
 """
@@ -26,8 +26,9 @@ The last line is JSON.
 import argparse
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -56,17 +57,10 @@ from tova_mlx.policies import Rule
 Floats = npt.NDArray[np.floating]
 
 
-class Rounding(NamedTuple):
-    """To which type logits are rounded; factor: what else queries are scaled by."""
+TYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16}
 
-    name: str
-    factor: float = 1.0
-
-
-ROUNDINGS = {
-    mx.float16: [Rounding("float16")],
-    mx.bfloat16: [Rounding("bfloat16"), Rounding("bfloat16, odd scale", 0.5**0.5)],
-}
+# What queries are scaled by beside the model's own scale.
+FACTORS = {"along": 1.0, "along_odd_scale": 0.5**0.5}
 
 
 class Run(NamedTuple):
@@ -114,11 +108,11 @@ def half_logits(
     keys: Any,
     args: AttentionArgs,
     dtype: mx.Dtype,
-    how: Rounding,
+    factor: float = 1.0,
 ) -> mx.array:
     """Return logits as a decode step on Metal has them."""
-    scaled = rounded(queries * (args.scale * how.factor), dtype)
-    exact = masked_logits(scaled, keys, args._replace(scale=1 / how.factor))
+    scaled = rounded(queries * (args.scale * factor), dtype)
+    exact = masked_logits(scaled, keys, args._replace(scale=1 / factor))
     return rounded(exact, dtype)
 
 
@@ -139,21 +133,23 @@ class Comparison:
     Policies with a memory remember what rounded logits gave, of the tokens held.
     """
 
-    def __init__(self, source: Input, roundings: list[Rounding]):
-        self.roundings, self._dtype = roundings, source.dtype
-        self._layers = itertools.cycle(range(len(source.model.layers)))
+    def __init__(self, source: Input, factors: Collection[float]):
+        self._factors, self._dtype = factors, source.dtype
+        n_layers = len(source.model.layers)
+        self._layers = itertools.cycle(range(n_layers))
         self._n_tokens = len(source.ids)
-        # By layer and rounding: scores [H', tokens], by position.
+        # By layer and factor: scores [H', tokens], by position.
         self._memory: dict[tuple[int, int], Floats] = {}
         self._logits: list[mx.array] = []
-        self.victims = self.unsure = 0
-        self.gaps: list[list[Floats]] = [[] for _ in roundings]
-        self.seconds = [0] * len(roundings)
+        self._victims = self._unsure = 0
+        self._gaps: list[list[Floats]] = [[] for _ in factors]
+        self._seconds = [0] * len(factors)
+        self._by_layer = np.zeros((len(factors), n_layers))
 
     def logits(self, queries: mx.array, keys: Any, args: AttentionArgs) -> mx.array:
         """Return float32 logits, as a scan gets them."""
         self._logits = [
-            half_logits(queries, keys, args, self._dtype, r) for r in self.roundings
+            half_logits(queries, keys, args, self._dtype, f) for f in self._factors
         ]
         return masked_logits(queries, keys, args)
 
@@ -174,8 +170,8 @@ class Comparison:
             return result
         lowest = steps.victims(exact)
         second = steps.victims(exact, without=lowest)
-        self.victims += lowest[first:].size
-        self.unsure += int((lowest != steps.evicted)[first:].sum())
+        self._victims += lowest[first:].size
+        self._unsure += int((lowest != steps.evicted)[first:].sum())
         for i, scores in enumerate(others):
             victims = steps.victims(scores)
             differ = (victims != lowest)[first:]
@@ -183,8 +179,9 @@ class Comparison:
                 np.take_along_axis(exact, v, axis=-1)[first:][differ]
                 for v in (lowest, victims)
             )
-            self.gaps[i].append((own - least) / np.maximum(least, 1e-30))
-            self.seconds[i] += int((victims == second)[first:][differ].sum())
+            self._by_layer[i, layer] += differ.sum()
+            self._gaps[i].append((own - least) / np.maximum(least, 1e-30))
+            self._seconds[i] += int((victims == second)[first:][differ].sum())
         return result
 
     def _remembered(
@@ -200,18 +197,20 @@ class Comparison:
         return scores
 
     def report(self, i: int) -> dict[str, Any]:
-        """Return what was found of a rounding."""
-        gaps = np.concatenate(self.gaps[i])
+        """Return what was found of a factor."""
+        gaps, victims = np.concatenate(self._gaps[i]), self._victims
         n = len(gaps)
         quantiles = np.quantile(gaps, (0.5, 0.9, 0.99, 1)) if n else np.zeros(4)
+        named = zip(("median", "90%", "99%", "max"), quantiles, strict=True)
         return {
-            "victims": self.victims,
-            "differ": n / self.victims,
-            "float32_unsure": self.unsure / self.victims,
-            "second_lowest": self.seconds[i] / max(1, n),
-            "gap": dict(
-                zip(("median", "90%", "99%", "max"), map(float, quantiles), strict=True)
-            ),
+            "victims": victims,
+            "differ": n / victims,
+            "differ_in_worst_layer": self._by_layer[i].max()
+            * self._by_layer.shape[1]
+            / victims,
+            "float32_unsure": self._unsure / victims,
+            "second_lowest": self._seconds[i] / max(1, n),
+            "gap": {name: float(q) for name, q in named},
         }
 
 
@@ -252,7 +251,7 @@ class Steps:
         held = self.held
         if without is not None:
             columns = mx.arange(held.shape[2])
-            held &= columns != mx.array(without)
+            held = held & (columns != mx.array(without))
         positions = mx.broadcast_to(self.columns.positions[None], held.shape)
         chosen = choose_victim(
             positions, mx.array(scores), self._newest, self.rule, held
@@ -276,31 +275,21 @@ def percent(changes: Floats) -> dict[str, float]:
     return {"percent": 100 * math.expm1(mean), "stderr": 100 * error}
 
 
-def measure(source: Input, policies: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield what is found, by policy and rounding; `changes` is by token."""
-    full, dtype = source.run("full"), source.dtype
-    for policy in policies:
-        found = Comparison(source, ROUNDINGS[dtype])
-        with evicting_by(found.logits, found.scan):
-            exact = source.run(policy)
-        for i, how in enumerate(ROUNDINGS[dtype]):
-
-            def logits(
-                *given: Any, dtype: mx.Dtype = dtype, how: Rounding = how
-            ) -> mx.array:
-                return half_logits(*given, dtype, how)
-
-            with evicting_by(logits):
-                run = source.run(policy)
-            yield {
-                "policy": policy,
-                "type": how.name,
-                "perplexity": math.exp(exact.losses.mean()),
-                "along": found.report(i),
-                "held_alike": alike(exact, run),
-                "changes": run.losses - exact.losses,
-                "evicting": percent(exact.losses - full.losses),
-            }
+def measure(source: Input, policy: str, full: Run) -> tuple[dict[str, Any], Floats]:
+    """Return what is found, and the change of each token's loss by rounding."""
+    found = Comparison(source, FACTORS.values())
+    with evicting_by(found.logits, found.scan):
+        exact = source.run(policy)
+    with evicting_by(partial(half_logits, dtype=source.dtype)):
+        run = source.run(policy)
+    changes = run.losses - exact.losses
+    report = {
+        "perplexity": math.exp(exact.losses.mean()),
+        "evicting": percent(exact.losses - full.losses),
+        "rounded_logits": percent(changes),
+        "held_alike": alike(exact, run),
+    }
+    return report | {n: found.report(i) for i, n in enumerate(FACTORS)}, changes
 
 
 def main() -> None:
@@ -315,15 +304,19 @@ def main() -> None:
     rows, changes = [], {}
     for name in args.model:
         model, tokenizer, path = load(name)
-        for text, dtype in itertools.product(args.texts, ROUNDINGS):
+        for text in args.texts:
             ids = first_ids(tokenizer, text.read_text(encoding="utf-8"), args.tokens)
-            source = Input(model, ids[: args.tokens + 1], args.max_kv_size, dtype)
-            for found in measure(source, args.policy or ["tova", "fade"]):
-                own = found.pop("changes")
-                which = Path(path).name, found["policy"], found["type"]
-                changes.setdefault(which, []).append(own)
-                row = {"model": which[0], "text": text.stem, **found}
-                rows.append({**row, "rounded_logits": percent(own)})
+            sources = {
+                name: Input(model, ids[: args.tokens + 1], args.max_kv_size, dtype)
+                for name, dtype in TYPES.items()
+            }
+            full = sources["float16"].run("full")
+            policies = args.policy or ["tova", "fade"]
+            for kind, policy in itertools.product(TYPES, policies):
+                found, own = measure(sources[kind], policy, full)
+                which = {"model": Path(path).name, "policy": policy, "type": kind}
+                changes.setdefault(tuple(which.items()), []).append(own)
+                rows.append({**which, "text": text.stem, **found})
                 print(rows[-1], flush=True)
     report = {
         **provenance(),
@@ -331,8 +324,7 @@ def main() -> None:
         "tokens": args.tokens,
         "rows": rows,
         "all_texts": [
-            dict(zip(("model", "policy", "type"), which, strict=True))
-            | percent(np.concatenate(parts))
+            {**dict(which), **percent(np.concatenate(parts))}
             for which, parts in changes.items()
         ],
     }
