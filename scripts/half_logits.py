@@ -302,33 +302,32 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows, changes = [], {}
-    for name in args.model:
+    for text, name in itertools.product(args.texts, args.model):
         model, tokenizer, path = load(name)
-        for text in args.texts:
-            ids = first_ids(tokenizer, text.read_text(encoding="utf-8"), args.tokens)
-            sources = {
-                name: Input(model, ids[: args.tokens + 1], args.max_kv_size, dtype)
-                for name, dtype in TYPES.items()
-            }
-            full = sources["float16"].run("full")
-            policies = args.policy or ["tova", "fade"]
-            for kind, policy in itertools.product(TYPES, policies):
-                found, own = measure(sources[kind], policy, full)
-                which = {"model": Path(path).name, "policy": policy, "type": kind}
-                changes.setdefault(tuple(which.items()), []).append(own)
-                rows.append({**which, "text": text.stem, **found})
-                print(rows[-1], flush=True)
-    report = {
-        **provenance(),
-        "max_kv_size": args.max_kv_size,
-        "tokens": args.tokens,
-        "rows": rows,
-        "all_texts": [
-            {**dict(which), **percent(np.concatenate(parts))}
-            for which, parts in changes.items()
-        ],
-    }
-    finish(report, args.out)
+        ids = first_ids(tokenizer, text.read_text(encoding="utf-8"), args.tokens)
+        sources = {
+            kind: Input(model, ids[: args.tokens + 1], args.max_kv_size, dtype)
+            for kind, dtype in TYPES.items()
+        }
+        full = sources["float16"].run("full")
+        for kind, policy in itertools.product(TYPES, args.policy or ["tova", "fade"]):
+            found, own = measure(sources[kind], policy, full)
+            which = {"model": Path(path).name, "policy": policy, "type": kind}
+            changes.setdefault(tuple(which.items()), []).append(own)
+            rows.append({**which, "text": text.stem, **found})
+            print(rows[-1], flush=True)
+        # After each, for a run takes long.
+        report = {
+            **provenance(),
+            "max_kv_size": args.max_kv_size,
+            "tokens": args.tokens,
+            "rows": rows,
+            "all_texts": [
+                {**dict(which), **percent(np.concatenate(parts))}
+                for which, parts in changes.items()
+            ],
+        }
+        finish(report, args.out)
 
 
 if __name__ == "__main__":
