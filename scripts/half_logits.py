@@ -1,7 +1,8 @@
 """What it costs that a decode step on Metal has its logits in half precision.
 
     python scripts/half_logits.py TEXT [TEXT ...] --model PATH [--model PATH ...]
-        [--policy fade ...] [--max-kv-size 512] [--tokens 4096] [--out FILE]
+        [--policy fade ...] [--max-kv-size 512] [--tokens 4096] [--against-unrounded]
+        [--out FILE]
 
 There the logits that choose a victim are rounded to the model's type, and so are the
 scaled queries; products add up in float32. Here the model runs in float32, with
@@ -20,17 +21,21 @@ itself is the same in all runs. For float16 and bfloat16:
   float16), and which part of the tokens held at the end is the same. Errors are of the
   paired mean, in blocks of 64 tokens.
 
+With --against-unrounded, what a type does to victims anyway: along a run that rounds
+nothing, how often float32 logits of rounded queries and keys choose another victim, and
+how often rounded logits of them do; also the largest logits there are, by layer.
+
 The last line is JSON.
 """
 
 import argparse
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 from unittest import mock
 
 import mlx.core as mx
@@ -59,8 +64,8 @@ Floats = npt.NDArray[np.floating]
 
 TYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16}
 
-# What queries are scaled by beside the model's own scale.
-FACTORS = {"along": 1.0, "along_odd_scale": 0.5**0.5}
+# Logits [B, n_heads, L, S] of queries, keys and what a model gives to its attention.
+Logits: TypeAlias = Callable[[mx.array, Any, AttentionArgs], mx.array]
 
 
 class Run(NamedTuple):
@@ -110,14 +115,24 @@ def half_logits(
     dtype: mx.Dtype,
     factor: float = 1.0,
 ) -> mx.array:
-    """Return logits as a decode step on Metal has them."""
+    """Return logits as a decode step on Metal has them.
+
+    factor: what queries are scaled by beside the model's scale before they are rounded.
+    """
     scaled = rounded(queries * (args.scale * factor), dtype)
     exact = masked_logits(scaled, keys, args._replace(scale=1 / factor))
     return rounded(exact, dtype)
 
 
+def logits_of_rounded(
+    queries: mx.array, keys: Any, args: AttentionArgs, dtype: mx.Dtype, logits: Logits
+) -> mx.array:
+    """Return logits of rounded queries and keys."""
+    return logits(rounded(queries, dtype), rounded(keys, dtype), args)
+
+
 @contextmanager
-def evicting_by(logits: Any, scan: Any = scan_block) -> Iterator[None]:
+def evicting_by(logits: Logits, scan: Any = scan_block) -> Iterator[None]:
     """Let prompts be scanned by other logits, and by another scan."""
     block = "tova_mlx.attention.block"
     with (
@@ -128,29 +143,28 @@ def evicting_by(logits: Any, scan: Any = scan_block) -> Iterator[None]:
 
 
 class Comparison:
-    """What rounded logits would evict at each step of a run by float32 logits.
+    """What other logits would evict at each step of a run by float32 logits.
 
-    Policies with a memory remember what rounded logits gave, of the tokens held.
+    Policies with a memory remember what those gave, of the tokens held.
     """
 
-    def __init__(self, source: Input, factors: Collection[float]):
-        self._factors, self._dtype = factors, source.dtype
+    def __init__(self, source: Input, others: dict[str, Logits]):
+        self._others = others
         n_layers = len(source.model.layers)
         self._layers = itertools.cycle(range(n_layers))
         self._n_tokens = len(source.ids)
-        # By layer and factor: scores [H', tokens], by position.
-        self._memory: dict[tuple[int, int], Floats] = {}
-        self._logits: list[mx.array] = []
+        # By layer and name: scores [H', tokens], by position.
+        self._memory: dict[tuple[int, str], Floats] = {}
+        self._given: dict[str, mx.array] = {}
         self._victims = self._unsure = 0
-        self._gaps: list[list[Floats]] = [[] for _ in factors]
-        self._seconds = [0] * len(factors)
-        self._by_layer = np.zeros((len(factors), n_layers))
+        self._gaps: dict[str, list[Floats]] = {name: [] for name in others}
+        self._seconds = dict.fromkeys(others, 0)
+        self._by_layer = {name: np.zeros(n_layers) for name in others}
+        self.largest = np.zeros(n_layers)
 
     def logits(self, queries: mx.array, keys: Any, args: AttentionArgs) -> mx.array:
         """Return float32 logits, as a scan gets them."""
-        self._logits = [
-            half_logits(queries, keys, args, self._dtype, f) for f in self._factors
-        ]
+        self._given = {n: of(queries, keys, args) for n, of in self._others.items()}
         return masked_logits(queries, keys, args)
 
     def scan(
@@ -161,10 +175,12 @@ class Comparison:
         steps = Steps(result, columns, rule, logits.shape[2])
         layer = next(self._layers)
         exact = steps.scores(logits, np.array(columns.scores))
-        others = [
-            self._remembered((layer, i), steps, given)
-            for i, given in enumerate(self._logits)
-        ]
+        others = {
+            name: self._remembered((layer, name), steps, given)
+            for name, given in self._given.items()
+        }
+        top = float(mx.abs(logits).max())
+        self.largest[layer] = max(self.largest[layer], top)
         first = max(0, how["limit"] - steps.n_held)
         if first >= steps.length:
             return result
@@ -172,20 +188,20 @@ class Comparison:
         second = steps.victims(exact, without=lowest)
         self._victims += lowest[first:].size
         self._unsure += int((lowest != steps.evicted)[first:].sum())
-        for i, scores in enumerate(others):
+        for name, scores in others.items():
             victims = steps.victims(scores)
             differ = (victims != lowest)[first:]
             least, own = (
                 np.take_along_axis(exact, v, axis=-1)[first:][differ]
                 for v in (lowest, victims)
             )
-            self._by_layer[i, layer] += differ.sum()
-            self._gaps[i].append((own - least) / np.maximum(least, 1e-30))
-            self._seconds[i] += int((victims == second)[first:][differ].sum())
+            self._by_layer[name][layer] += differ.sum()
+            self._gaps[name].append((own - least) / np.maximum(least, 1e-30))
+            self._seconds[name] += int((victims == second)[first:][differ].sum())
         return result
 
     def _remembered(
-        self, which: tuple[int, int], steps: "Steps", logits: mx.array
+        self, which: tuple[int, str], steps: "Steps", logits: mx.array
     ) -> Floats:
         """Return scores by rounded logits, and remember those after the last step."""
         places = np.array(steps.columns.positions)
@@ -196,20 +212,21 @@ class Comparison:
         np.put_along_axis(memory, places, scores[-1], axis=1)
         return scores
 
-    def report(self, i: int) -> dict[str, Any]:
-        """Return what was found of a factor."""
-        gaps, victims = np.concatenate(self._gaps[i]), self._victims
-        n = len(gaps)
+    def report(self) -> dict[str, Any]:
+        """Return what was found, by name."""
+        return {name: self._found(name) for name in self._others}
+
+    def _found(self, name: str) -> dict[str, Any]:
+        gaps, by_layer = np.concatenate(self._gaps[name]), self._by_layer[name]
+        n, victims = len(gaps), self._victims
         quantiles = np.quantile(gaps, (0.5, 0.9, 0.99, 1)) if n else np.zeros(4)
         named = zip(("median", "90%", "99%", "max"), quantiles, strict=True)
         return {
             "victims": victims,
             "differ": n / victims,
-            "differ_in_worst_layer": self._by_layer[i].max()
-            * self._by_layer.shape[1]
-            / victims,
+            "differ_in_worst_layer": float(by_layer.max()) * len(by_layer) / victims,
             "float32_unsure": self._unsure / victims,
-            "second_lowest": self._seconds[i] / max(1, n),
+            "second_lowest": self._seconds[name] / max(1, n),
             "gap": {name: float(q) for name, q in named},
         }
 
@@ -277,10 +294,12 @@ def percent(changes: Floats) -> dict[str, float]:
 
 def measure(source: Input, policy: str, full: Run) -> tuple[dict[str, Any], Floats]:
     """Return what is found, and the change of each token's loss by rounding."""
-    found = Comparison(source, FACTORS.values())
+    logits = partial(half_logits, dtype=source.dtype)
+    odd = partial(half_logits, dtype=source.dtype, factor=0.5**0.5)
+    found = Comparison(source, {"along": logits, "along_odd_scale": odd})
     with evicting_by(found.logits, found.scan):
         exact = source.run(policy)
-    with evicting_by(partial(half_logits, dtype=source.dtype)):
+    with evicting_by(logits):
         run = source.run(policy)
     changes = run.losses - exact.losses
     report = {
@@ -289,7 +308,35 @@ def measure(source: Input, policy: str, full: Run) -> tuple[dict[str, Any], Floa
         "rounded_logits": percent(changes),
         "held_alike": alike(exact, run),
     }
-    return report | {n: found.report(i) for i, n in enumerate(FACTORS)}, changes
+    return report | found.report(), changes
+
+
+def measure_type(source: Input, policy: str) -> dict[str, Any]:
+    """Return what rounding more than logits does to victims; source: rounds nothing."""
+    others: dict[str, Logits] = {}
+    for name, dtype in TYPES.items():
+        half = partial(half_logits, dtype=dtype)
+        for what, logits in (("queries, keys", masked_logits), ("logits too", half)):
+            own = partial(logits_of_rounded, dtype=dtype, logits=logits)
+            others[f"{name}: {what}"] = own
+    found = Comparison(source, others)
+    with evicting_by(found.logits, found.scan):
+        source.run(policy)
+    return {**found.report(), "largest_logits": found.largest.round(1).tolist()}
+
+
+def measured(
+    exact: Input, policies: list[str], *, against_unrounded: bool
+) -> Iterator[tuple[dict[str, Any], Floats | None]]:
+    """Yield rows, and with them the changes of losses if there are any."""
+    if against_unrounded:
+        for policy in policies:
+            yield {"policy": policy, **measure_type(exact, policy)}, None
+        return
+    full = exact._replace(dtype=mx.float16).run("full")
+    for kind, policy in itertools.product(TYPES, policies):
+        found, changes = measure(exact._replace(dtype=TYPES[kind]), policy, full)
+        yield {"policy": policy, "type": kind, **found}, changes
 
 
 def main() -> None:
@@ -299,32 +346,34 @@ def main() -> None:
     parser.add_argument("--policy", action="append")
     parser.add_argument("--max-kv-size", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--against-unrounded", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    rows, changes = [], {}
+    policies = args.policy or ["tova", "fade"]
+    rows: list[dict[str, Any]] = []
+    by_kind: dict[Any, list[Floats]] = {}
     for text, name in itertools.product(args.texts, args.model):
         model, tokenizer, path = load(name)
         ids = first_ids(tokenizer, text.read_text(encoding="utf-8"), args.tokens)
-        sources = {
-            kind: Input(model, ids[: args.tokens + 1], args.max_kv_size, dtype)
-            for kind, dtype in TYPES.items()
-        }
-        full = sources["float16"].run("full")
-        for kind, policy in itertools.product(TYPES, args.policy or ["tova", "fade"]):
-            found, own = measure(sources[kind], policy, full)
-            which = {"model": Path(path).name, "policy": policy, "type": kind}
-            changes.setdefault(tuple(which.items()), []).append(own)
-            rows.append({**which, "text": text.stem, **found})
+        exact = Input(model, ids[: args.tokens + 1], args.max_kv_size, mx.float32)
+        about = {"model": Path(path).name, "text": text.stem}
+        found = measured(exact, policies, against_unrounded=args.against_unrounded)
+        for row, changes in found:
+            rows.append({**about, **row})
             print(rows[-1], flush=True)
-        # After each, for a run takes long.
+            if changes is not None:
+                kind = about["model"], row["policy"], row["type"]
+                by_kind.setdefault(kind, []).append(changes)
+        # After each text and model, for all of them take long.
         report = {
             **provenance(),
             "max_kv_size": args.max_kv_size,
             "tokens": args.tokens,
             "rows": rows,
             "all_texts": [
-                {**dict(which), **percent(np.concatenate(parts))}
-                for which, parts in changes.items()
+                dict(zip(("model", "policy", "type"), kind, strict=True))
+                | percent(np.concatenate(parts))
+                for kind, parts in by_kind.items()
             ],
         }
         finish(report, args.out)
