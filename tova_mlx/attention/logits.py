@@ -23,8 +23,8 @@ def raw_logits(
     """Return masked logits [B, n_heads, L, S], and what they are still to be scaled by.
 
     As `masked_logits`, but in the keys' own type unless they are quantised or the mask
-    is added: float32 would take a copy of all keys. What is lost is the logits' last
-    bits; products add up in float32.
+    is added: float32 would take a copy of all keys. What is lost are digits of great
+    logits (docs/metal.md says what that costs); products add up in float32.
     """
     grouped = _grouped(queries, keys)
     if is_plain(keys):
