@@ -11,8 +11,6 @@ from typing import Any, Protocol, TypeAlias, TypeGuard
 
 import mlx.core as mx
 
-from .device import kernels_wanted
-
 
 class Quantized(Protocol):
     """Entries that are not one array. A storage format is a class like this."""
@@ -123,9 +121,9 @@ def _gather(array: mx.array, columns: mx.array) -> mx.array:
 def write(entries: Any, new: Any, slot: mx.array | int) -> Any:
     """Write new entries [B, H, n(, D)] into slots of entries [B, H, S(, D)], in place.
 
-    slot: [B, H', 1], where the one new token of each goes, or a number, from which on n
-    new ones go. MLX writes into the same buffer as long as this is the only reference
-    to it.
+    slot: [B, H', 1], where the one new token of each goes; [1], where that of all goes;
+    or a number, from which on n new ones go. MLX writes into the same buffer as long as
+    this is the only reference to it.
     """
     return each(lambda array, some: _write(array, some, slot), entries, new)
 
@@ -137,9 +135,8 @@ def _write(array: mx.array, new: mx.array, slot: mx.array | int) -> mx.array:
         written = array[...]  # another handle: assigning changes what it stands for
         written[:, :, slot : slot + new.shape[2]] = new
         return written
-    if slot.size == 1 and not kernels_wanted():
-        return mx.slice_update(array, new, slot.reshape(1), (2,))
-    # On Metal a slice whose place only the device knows takes two launches, this one.
+    if slot.ndim == 1:
+        return mx.slice_update(array, new, slot, (2,))
     slot = slot.reshape(*slot.shape, *[1] * (new.ndim - 3))
     return mx.put_along_axis(array, mx.broadcast_to(slot, new.shape), new, axis=2)
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..policies import Rule
 from .archive import Rows
+from .device import kernels_wanted
 from .entries import (
     Entries,
     after,
@@ -145,10 +146,7 @@ class Slots(SlotFields):
             self._reserve(n, keys, values)
         self._log_scores()
         self._log_victim()
-        slot = start if self.victim is None else self.victim
-        if self.rule.by_age:
-            slot = start if self.victim is None else self.slot_after(self.written)
-            self.written = slot + length - 1
+        slot = self._next_slot(length)
         new = self._positions(keys, self.offset, length)
         self.write_tokens(slot, keys, values, new, self.shift)
         if settle:
@@ -159,6 +157,21 @@ class Slots(SlotFields):
         elif self.evicted and self.positions is None:
             self.positions = self._positions(self.keys, 0, n)
         return first_slots(self.keys_to_read, n), first_slots(self.values, n)
+
+    def _next_slot(self, length: int) -> mx.array | int:
+        """Where the next tokens go, as `entries.write` takes it."""
+        if self.rule.by_age:
+            slot = self.size()
+            if self.victim is not None:
+                slot = self.slot_after(self.written)
+            self.written = slot + length - 1
+            return slot
+        if self.victim is None:
+            return self.size()
+        # On the CPU a slice is the faster. On Metal one whose place only the device
+        # knows takes two launches, and a scatter takes one.
+        one = self.victim.size == 1 and not kernels_wanted()
+        return self.victim.reshape(1) if one else self.victim
 
     def extend(self, keys: Any, values: Any) -> tuple[Entries, Entries]:
         """Put a block of tokens after those held, in order of position, for `keep`.
@@ -238,7 +251,7 @@ class Slots(SlotFields):
         n = 0 if once else min(self.journal.length, n)
         if n:
             late = columns[..., -n:]
-            there = self._to_log
+            there = self._to_log(self.positions)
             self._log([None if e is None else gather(e, late) for e in there])
 
     def mark(self, victim: mx.array, scores: mx.array | None = None) -> None:
@@ -401,10 +414,9 @@ class Slots(SlotFields):
         order = self.order()
         return self._held(self.keys_to_read, order), self._held(self.values, order)
 
-    @property
-    def _to_log(self) -> list[Any]:
+    def _to_log(self, positions: mx.array | None) -> list[Any]:
         """What the journal keeps of a token, of all slots."""
-        there = [self.keys, self.values, self.positions, self.value_norms]
+        there = [self.keys, self.values, positions, self.value_norms]
         if self.renumbering is not None:
             rotary = self.positions if self.rotary is None else self.rotary
             stored = rotary if self.stored_rotary is None else self.stored_rotary
@@ -422,7 +434,15 @@ class Slots(SlotFields):
     def _log_victim(self) -> None:
         if self.victim is None or not (self.journal.length or self.recall is not None):
             return
-        logged = take_slots(self._to_log, self.victim)
+        limit = self.rule.max_size
+        assert limit is not None
+        if self.rule.by_age:
+            # Known without those of all slots, which would have to be made.
+            logged = take_slots(self._to_log(None), self.victim)
+            oldest = self.newest - (limit - self.rule.n_sinks)
+            logged[2] = to_mlx(np.full(self.victim.shape, oldest, np.int32))
+        else:
+            logged = take_slots(self._to_log(self.positions), self.victim)
         if self.journal.length:
             self._log(logged)
         if self.recall is not None:
