@@ -150,7 +150,7 @@ def test_an_evaluation_has_both(small_path, text, tmp_path):
 @pytest.mark.real_model
 def test_answers_to_questions_have_both(demo_path, text, tmp_path):
     paper = {
-        "input": text[:1500],
+        "input": text[:1000],
         "instructions": ["Who?", "Where?"],
         "outputs": ["Ishmael", "At sea"],
     }
@@ -158,12 +158,9 @@ def test_answers_to_questions_have_both(demo_path, text, tmp_path):
     command = ["eval", "longrange", "--qasper", str(tmp_path / "papers.jsonl")]
     command += ["--model", str(demo_path), "--max-tokens", "8", "--policy", "fade"]
     command += ["--max-kv-size", "96", "--recall", "32", "--out", str(tmp_path / "out")]
-    done = CliRunner().invoke(main, command)
+    done = CliRunner().invoke(main, [*command, "--json"])
     assert done.exit_code == 0, (done.stderr, done.exception)
-    assert "to no recall" in done.stdout.splitlines()[0]
-    assert "fade recall 32" in done.stdout.splitlines()[3]
-    again = CliRunner().invoke(main, [*command, "--json"])
-    rows = json.loads(again.stdout)["rows"]
+    rows = json.loads(done.stdout)["rows"]
     assert [r.get("recall") for r in rows] == [None, None, 32]
     assert {"minus_full", "minus_no_recall", "minus_no_recall_stderr"} < {*rows[2]}
     lines = (tmp_path / "out" / "answers.jsonl").read_text("utf-8").splitlines()
