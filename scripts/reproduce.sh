@@ -43,6 +43,8 @@ for model in demo "$qwen"; do
         --recall 64 --policy fade --policy tova --length 1024 --depth 0.25 \
         --depth 0.5 --depth 0.75 --cases 10 --out "$recall/needle"
 done
+$tova eval longrange --qasper "$qasper" --documents 6 --examples 30 --policy fade \
+    --policy tova --max-kv-size 512 --recall 128 --out "$out/recall/longrange"
 .venv/bin/python scripts/recall_limits.py "$moby_dick" --model "$qwen" --tokens 2048 \
     --out "$out/recall/limits.json"
 # Fewer bits, and what they are worth at equal bytes, on two models.

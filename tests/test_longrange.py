@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 from tova_mlx.cli import main
+from tova_mlx.cli.evaluation.longrange import _table
 from tova_mlx.errors import EvaluationError
 from tova_mlx.evaluation import longrange, reading
 from tova_mlx.evaluation.answers import Answers
@@ -341,9 +343,9 @@ def task(name="qasper", n=3, max_tokens=4, **drawn):
 
 
 def saying(model, tokenizer, prompt, cache, step, max_tokens):
-    """Right under full and on the first example."""
+    """Right under full, on the first example, and with recall on the second."""
     (setting,) = cache
-    right = setting.policy == "full" or prompt[0] == 0
+    right = setting.policy == "full" or prompt[0] <= bool(setting.recall)
     return f"answer {prompt[0]}" if right else "nothing"
 
 
@@ -359,7 +361,8 @@ def asked(monkeypatch):
     def told(*arguments, temp, seed):
         (setting,) = arguments[3]
         calls.append((str(setting), arguments[2][0]))
-        return "a b c d a b c d", [setting.max_kv_size or 0, seed]
+        size = (setting.max_kv_size or 0) - (setting.recall or 0)
+        return "a b c d a b c d", [size, seed]
 
     monkeypatch.setattr(
         longrange, "filled", lambda model, ids, setting, step: [setting]
@@ -405,6 +408,44 @@ def test_a_story_is_scored_by_perplexity_and_repetition(tmp_path, asked):
     assert tova["ratio_to_full"] == pytest.approx(math.exp(0.08))
     assert tova["ratio_to_full_stderr"] == pytest.approx(0, abs=1e-9)
     assert (tova["repetition"], tova["temp"]) == (pytest.approx(0.2), 0.5)
+
+
+RECALLING = settings(("tova",), (32,), recall=(16,))
+
+
+def test_what_recalls_is_compared_with_the_same_without(tmp_path, asked):
+    questions, stories = task(), task("story", n=2, seed=3)
+    rows = list(measured(tmp_path).run([questions, stories], RECALLING))
+    assert [row.get("recall") for row in rows] == 2 * [None, None, 16]
+    full, without, recalled = rows[:3]
+    assert not {"minus_no_recall", "recall"} & {*full, *without}
+    # Of three questions it answers one more, one less than full.
+    assert recalled["value"] == pytest.approx(2 / 3)
+    assert recalled["minus_full"] == pytest.approx(-1 / 3)
+    assert recalled["minus_no_recall"] == pytest.approx(1 / 3)
+    assert recalled["minus_no_recall_stderr"] == pytest.approx(1 / 3)
+    # Losses are (32 + 3.5) / 100 without, (16 + 3.5) / 100 with, 0.035 under full.
+    recalled = rows[5]
+    assert recalled["ratio_to_full"] == pytest.approx(math.exp(0.16))
+    assert recalled["ratio_to_no_recall"] == pytest.approx(math.exp(-0.16))
+    assert recalled["ratio_to_no_recall_stderr"] == pytest.approx(0, abs=1e-9)
+
+
+def test_what_recalls_is_measured_beside_older_rows(tmp_path, asked):
+    older = list(measured(tmp_path).run([task()], RECALLING[:2]))
+    asked.clear()
+    run = measured(tmp_path)
+    assert run.cost([task()], RECALLING) == 3 * (3 + 4)
+    rows = list(run.run([task()], RECALLING))
+    assert rows[:2] == older
+    assert asked == [("tova 32 recall 16", i) for i in range(3)]
+    # Without the older answers a new row has nothing to be paired with.
+    (tmp_path / "answers.jsonl").unlink()
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    asked.clear()
+    assert list(measured(tmp_path).run([task()], RECALLING)) == rows
+    assert asked == [(str(s), i) for s in RECALLING for i in range(3)]
 
 
 @pytest.mark.parametrize("killed_at", [0, 1, 3, 4, 14, 20])
@@ -488,7 +529,8 @@ def test_full_is_asked_again_only_for_a_new_row(tmp_path, asked):
 
 
 def test_questions_on_one_document_read_it_once(tmp_path, monkeypatch):
-    model, rows = tiny.make(), tiny.tokens(300)[0].tolist()
+    # Rows of 64 numbers, or there would be no archive for recall.
+    model, rows = tiny.make(head_dim=64), tiny.tokens(300)[0].tolist()
     tails = [[1, 2, 3], [1, 9], [4], [5, 6]]
     examples = [Example(i % 2, "doc", "?", ("x",)) for i in range(4)]
     examples.append(Example(2, "doc", "?", ("x",)))
@@ -518,7 +560,7 @@ def test_questions_on_one_document_read_it_once(tmp_path, monkeypatch):
         ),
     )
     common = {"model": "m", "dtype": "float32"}
-    for setting in settings(("tova", "h2o"), (16,)):
+    for setting in settings(("tova", "h2o"), (32,), recall=(16,)):
         results = Results(tmp_path / str(setting), common, tuple(common))
         answers = Answers(results.directory, common)
         run = LongRange(model, None, results, answers, 32)
@@ -540,16 +582,17 @@ def test_a_file_of_something_else_is_left_alone(tmp_path, content):
     assert (tmp_path / "answers.jsonl").read_text() == content
 
 
-@pytest.mark.parametrize("sizes", [(8,), (8, 16, 64)])
-def test_the_figure_has_a_panel_per_task(tmp_path, asked, monkeypatch, sizes):
-    figures = []
-
-    def save(figure, path):
-        figures.append(figure)
-        return keep(figure, path)
-
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, still open."""
+    drawn = []
     keep = longrange.save
-    monkeypatch.setattr(longrange, "save", save)
+    monkeypatch.setattr(longrange, "save", lambda f, p: drawn.append(f) or keep(f, p))
+    return drawn
+
+
+@pytest.mark.parametrize("sizes", [(8,), (8, 16, 64)])
+def test_the_figure_has_a_panel_per_task(tmp_path, asked, figures, sizes):
     wanted = settings(("tova", "fade"), sizes)
     tasks = [task("squality"), task(), task("story", n=2)]
     rows = list(measured(tmp_path).run(tasks, wanted))
@@ -571,6 +614,33 @@ def test_the_figure_has_a_panel_per_task(tmp_path, asked, monkeypatch, sizes):
 
     pixels = imread(tmp_path / "x.png")[..., :3]
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+
+
+def test_the_figure_tells_what_recalls_from_what_does_not(tmp_path, asked, figures):
+    wanted = settings(("tova", "fade"), (32, 64), recall=(16,))
+    plot(list(measured(tmp_path).run([task()], wanted)), tmp_path / "x.png")
+    (axes,) = figures[0].axes
+    looks = {}
+    for line in axes.containers:
+        mark = line.lines[0]
+        assert len(mark.get_xdata()) == 2
+        looks[line.get_label()] = mark.get_markerfacecolor(), mark.get_linestyle()
+    assert set(looks) == {"tova", "fade", "tova recall 16", "fade recall 16"}
+    for policy in ("tova", "fade"):
+        plain, recalled = looks[policy], looks[f"{policy} recall 16"]
+        assert plain[0] != "none" == recalled[0]
+        assert plain[1] != recalled[1]
+
+
+def test_the_table_tells_what_recalls_from_what_does_not(tmp_path, asked):
+    rows = list(measured(tmp_path).run([task(), task("story", n=2)], RECALLING))
+    heads, *said = [re.split(r"  +", line) for line in _table(rows).splitlines()]
+    assert heads[2:7] == ["policy", "size", "value", "to full", "to no recall"]
+    assert [line[2] for line in said] == 2 * ["full", "tova", "tova recall 16"]
+    assert said[2][5:] == ["-0.333 ± 0.333", "+0.333 ± 0.333"]
+    assert said[5][5:] == ["+17.4 ± 0.0 %", "-14.8 ± 0.0 %", "20.0%"]
+    # Where nothing recalls there is nothing to compare with.
+    assert "recall" not in _table(rows[:2])
 
 
 # Stories with a real model

@@ -35,6 +35,8 @@ PROGRAM = [sys.executable, "-m", "tova_mlx"]
         ("serve --recall 64 --archive /tmp/x", "of one conversation"),
         ("eval needle --text {} --out {}.d --recall 24", "blocks of 16"),
         ("eval perplexity {} --out {}.d --recall 512", "leaves the policy none"),
+        ("eval longrange --text {} --out {}.d --recall 24", "blocks of 16"),
+        ("eval longrange --text {} --out {}.d --recall 256", "leaves the policy none"),
     ],
 )
 def test_options_that_cannot_work_are_one_line(words, said, tmp_path):
@@ -143,3 +145,27 @@ def test_an_evaluation_has_both(small_path, text, tmp_path):
     rows = json.loads(done.stdout)["rows"]
     assert [r.get("recall") for r in rows] == [None, None, 32]
     assert rows[2]["ratio_to_no_recall"] != 1
+
+
+@pytest.mark.real_model
+def test_answers_to_questions_have_both(demo_path, text, tmp_path):
+    paper = {
+        "input": text[:1000],
+        "instructions": ["Who?", "Where?"],
+        "outputs": ["Ishmael", "At sea"],
+    }
+    (tmp_path / "papers.jsonl").write_text(json.dumps(paper) + "\n")
+    command = ["eval", "longrange", "--qasper", str(tmp_path / "papers.jsonl")]
+    command += ["--model", str(demo_path), "--max-tokens", "8", "--policy", "fade"]
+    command += ["--max-kv-size", "96", "--recall", "32", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, [*command, "--json"])
+    assert done.exit_code == 0, (done.stderr, done.exception)
+    rows = json.loads(done.stdout)["rows"]
+    assert [r.get("recall") for r in rows] == [None, None, 32]
+    assert {"minus_full", "minus_no_recall", "minus_no_recall_stderr"} < {*rows[2]}
+    lines = (tmp_path / "out" / "answers.jsonl").read_text("utf-8").splitlines()
+    said = [a["answer"] for a in map(json.loads, lines)]
+    # Two questions each; what came back matters.
+    assert len(said) == 6
+    assert said[2:4] != said[4:]
+    assert (tmp_path / "out" / "longrange.png").stat().st_size > 10_000

@@ -150,7 +150,7 @@ class LongRange:
         return missing(
             settings,
             measured=lambda s: self._row(task, s) is not None,
-            references=lambda s: [_FULL],
+            references=lambda s: list(_references(s).values()),
             saved=lambda s: len(self._known(task, s)) == len(task.examples),
         )
 
@@ -223,22 +223,35 @@ class LongRange:
         if task.name == "story":
             row["temp"] = task.temp
             row["repetition"] = float(np.mean([a["repetition"] for a in answers]))
-        if setting.policy != "full":
-            row |= self._against_full(task, answers)
+        for name, other in _references(setting).items():
+            row |= self._against(task, answers, name, other)
         return row
 
-    def _against_full(self, task: Task, answers: Rows) -> dict[str, Any]:
-        """Difference to `full` on the same examples; for stories the ratio."""
-        full = self._known(task, _FULL)
-        if len(full) < len(answers):
+    def _against(
+        self, task: Task, answers: Rows, name: str, other: Setting
+    ) -> dict[str, Any]:
+        """Difference to another on the same examples; for stories the ratio."""
+        others = self._known(task, other)
+        if len(others) < len(answers):
             return {}
-        name = "loss" if task.name == "story" else "score"
+        what = "loss" if task.name == "story" else "score"
         change = [
-            {**a, name: a[name] - b[name]} for a, b in zip(answers, full, strict=True)
+            {**a, what: a[what] - b[what]} for a, b in zip(answers, others, strict=True)
         ]
         mean = _mean(task, change)
-        how = "ratio_to_full" if task.name == "story" else "minus_full"
+        how = f"ratio_to_{name}" if task.name == "story" else f"minus_{name}"
         return {how: mean["value"], f"{how}_stderr": mean["stderr"]}
+
+
+def _references(setting: Setting) -> dict[str, Setting]:
+    """What a setting is compared with, by the names that its row has for them.
+
+    `full`, and of what recalls, `no_recall`: the same without.
+    """
+    others = {"full": _FULL}
+    if setting.recall is not None:
+        others["no_recall"] = setting._replace(recall=None)
+    return {name: other for name, other in others.items() if other != setting}
 
 
 def _mean(task: Task, answers: Rows) -> dict[str, Any]:

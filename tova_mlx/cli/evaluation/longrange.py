@@ -10,7 +10,7 @@ from ...tables import table
 from ..models import directory
 from ..parameters import TEXT_FILE, Finite
 from .figures import percent, pm
-from .options import check_settings, evaluation_options
+from .options import check_settings, evaluation_options, recall_option
 from .runner import Evaluation, begin
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ _DATA = {"squality": "squality", "qasper": "qasper", "story": "text"}
 
 @click.command(short_help="Summaries, answers and stories over long texts")
 @evaluation_options(sizes=(256, 512, 1024))
+@recall_option
 @click.option(
     "--task",
     "tasks",
@@ -177,23 +178,30 @@ def _task(
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
+    from ...evaluation.plots import line_of
+
+    names = ["full"]
+    if any("recall" in row for row in rows):
+        names.append("no_recall")
     lines = [
         (
             row["task"],
             row["unit"],
-            row["policy"],
+            line_of(row),
             row["max_kv_size"],
             pm(row["value"], row["stderr"], 3),
-            _to_full(row),
+            *(_to(row, name) for name in names),
             f"{row['repetition']:.1%}" if "repetition" in row else "",
         )
         for row in rows
     ]
-    heads = ("task", "unit", "policy", "size", "value", "to full", "repeated")
-    return table([heads, *lines], "<8 <10 <9 >5 >15 >16 >8")
+    compared = [f"to {name.replace('_', ' ')}" for name in names]
+    heads = ("task", "unit", "policy", "size", "value", *compared, "repeated")
+    return table([heads, *lines], "<8 <10 <9 >5 >15" + " >16" * len(names) + " >8")
 
 
-def _to_full(row: dict[str, Any]) -> str:
-    if "minus_full" in row:
-        return pm(row["minus_full"], row["minus_full_stderr"], 3, "+")
-    return percent(row.get("ratio_to_full"), row.get("ratio_to_full_stderr"))
+def _to(row: dict[str, Any], name: str) -> str:
+    """What a row has of its comparison with `name`, as text."""
+    if f"minus_{name}" in row:
+        return pm(row[f"minus_{name}"], row[f"minus_{name}_stderr"], 3, "+")
+    return percent(row.get(f"ratio_to_{name}"), row.get(f"ratio_to_{name}_stderr"))
