@@ -47,8 +47,6 @@ def attend_and_evict(
 ) -> mx.array:
     """Attend with one new token per batch row; mark which is evicted after it."""
     n, rule = keys.shape[2], slots.rule
-    if not kernels_wanted():
-        slots.settle()
     norms = first_slots(slots.value_norms, n)
     scores = first_slots(slots.scores, n)
     victim, worth = None, None
@@ -56,13 +54,12 @@ def attend_and_evict(
         output, _ = attend_newest(queries, keys, values, args)
         if slots.evicted:
             victim, worth = _scored(slots, n)
-    elif kernels_wanted():
+    elif slots.fresh is not None:
         # Two passes over the keys: the fused attention gives no weights. The slots go
         # whole into both, the kernel has their logits only, and nothing holds on to
         # them: a view that a kernel makes contiguous, or a second reference when the
         # next token is written, would be a copy of the cache.
         output = plain_attention(queries, keys, values, args)
-        assert slots.fresh is not None
         logits, scale = raw_logits(queries, keys, args)
         step = step_on_gpu(
             logits,
