@@ -95,17 +95,15 @@ def _scored(slots: Slots | Stack, n: int) -> tuple[mx.array, mx.array]:
     The scores are [B, H', n], or those of all KV heads.
     """
     entries = first_slots(slots.keys_to_read, n), first_slots(slots.values, n)
-    rule, settled = slots.rule, slots.fresh is None
-    positions = slots.positions_of(n, settled=settled)
-    if slots.fresh is None:
+    rule, fresh = slots.rule, slots.fresh
+    positions = slots.positions_of(n, settled=fresh is None)
+    if fresh is None:
         known = (*entries, positions, slots.held)
         return scored_step(*known, slots.newest, rule)
     # Of the newest token's position nothing is read by a policy's score but its own.
     scores = scores_of_step(*entries, positions, slots.held, rule)
-    fresh, newest = slots.fresh, slots.newest_of_rows
-    victim, positions = choose_on_gpu(
-        scores, positions, fresh, newest, rule, slots.held
-    )
+    known = (fresh, slots.newest_of_rows, rule, slots.held)
+    victim, positions = choose_on_gpu(scores, positions, *known)
     slots.settle_as(positions, None)
     return victim, scores if rule.per_head else scores.mean(axis=1, keepdims=True)
 

@@ -32,11 +32,9 @@ from typing import Any
 import mlx.core as mx
 
 from ..policies import Rule
+from ..policies.metal import MAX_COLUMNS, SIMDGROUPS, THREADS
 from .scan import Columns, ScanResult
 from .scan_sources import HEADER, ROWS_SOURCE, SCAN_SOURCE
-
-# One flag a column in threadgroup memory, 8.25 KiB.
-MAX_COLUMNS = 67_584
 
 # Rows that the two kernels take at a time. With fewer of them, a row has fewer columns
 # to take out of its sums; but there are more launches.
@@ -46,10 +44,6 @@ ROWS = 64
 # ceases to. With as many rows no output of the first kernel has.
 _FEWEST_ROWS = 8
 
-# 16 simdgroups: enough to hide the loads of the one threadgroup that a layer has, and
-# far from the 1,024 that a kernel with more registers cannot be given.
-_THREADS = 512
-_SIMDGROUPS = _THREADS // 32
 # There are many threadgroups of these.
 _ROW_THREADS = 256
 
@@ -180,13 +174,13 @@ class _Block:
             inputs=[*given, *rows, scores, self._memory],
             template=[
                 *self._template,
-                ("THREADS", _THREADS),
-                ("SIMDGROUPS", _SIMDGROUPS),
+                ("THREADS", THREADS),
+                ("SIMDGROUPS", SIMDGROUPS),
                 ("ROWS", ROWS),
                 ("MAX_COLUMNS", MAX_COLUMNS),
             ],
-            grid=(n_choices * _THREADS, 1, 1),
-            threadgroup=(_THREADS, 1, 1),
+            grid=(n_choices * THREADS, 1, 1),
+            threadgroup=(THREADS, 1, 1),
             output_shapes=shapes,
             output_dtypes=types[: len(shapes)],
         )

@@ -17,10 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 from .base import Rule
-from .metal import BEST, HEADER, LOWEST, SIMDGROUPS, THREADS
-
-# One flag a column in threadgroup memory, 8.25 KiB.
-MAX_COLUMNS = 67_584
+from .metal import BEST, HEADER, LOWEST, MAX_COLUMNS, SIMDGROUPS, THREADS
 
 _SOURCE = """
   const int tid = int(thread_position_in_threadgroup.x);

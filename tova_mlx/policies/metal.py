@@ -1,5 +1,8 @@
 """Metal that kernels share: the lowest score, and who has it."""
 
+# One flag a column in threadgroup memory, 8.25 KiB.
+MAX_COLUMNS = 67_584
+
 # 16 simdgroups: enough to hide the loads of the one threadgroup that a layer has, and
 # far from the 1,024 that a kernel with more registers cannot be given.
 THREADS = 512
