@@ -1,27 +1,27 @@
 """Bugs for the kernels of the prefill scan: what tests/mslcheck must find of each."""
 
+from kernel_bugs import (
+    _BARRIER,
+    _BOUNDS,
+    _COMPILE,
+    _EARLY,
+    _LINT,
+    _NOT_WRITTEN,
+    _RACE,
+    _SHUFFLE,
+    _WRONG,
+    _without,
+)
 from mslcheck.findings import Kind
 from mslcheck.seeded import Bug
 
-_WRONG, _RACE, _BOUNDS = (Kind.WRONG,), (Kind.RACE,), (Kind.OUT_OF_BOUNDS,)
-_LINT, _COMPILE = (Kind.LINT,), (Kind.COMPILE,)
-_NOT_WRITTEN = (Kind.NOT_WRITTEN, Kind.UNINITIALISED)
-# Who reads too early, reads what another thread has or has not written yet.
-_EARLY = (Kind.RACE, Kind.UNINITIALISED)
-
-_BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 _SHARES = f"{_BARRIER}\n\n  const int newest"
 _FLAGS = f"{_BARRIER}\n#define"
 _MOST = f"{_BARRIER}\n\n    float most"
 _BEST = f"{_BARRIER}\n      for (int s = 0"
 _END = f"    }}\n    {_BARRIER}\n  }}"
-_SHUFFLE = "const float other_score = simd_shuffle_xor(lowest, apart);"
 _WEIGHT = "metal::exp(float(logits[at]) - top[h]) * factor[h]"
 _SEEN_HELD = "if (held_until[own + c] == n_steps) tova_add"
-
-
-def _without(old: str) -> str:
-    return old.replace(_BARRIER, "")
 
 
 BUGS = [
