@@ -3,7 +3,8 @@
     python scripts/recall_chat.py TEXT [--tokens 20000] [--model PATH] [--out FILE]
 
 `tova-mlx chat` is told a number, then given passages of the text until it has seen so
-many tokens, and asked for the number: with 128 of 512 tokens for recall, and without.
+many tokens, and asked for the number: with 128 of 512 tokens for recall, without, and
+with the full cache.
 FILE gets what was said in the first and the last turns of both. The last line is JSON;
 exit 1 if the number is not answered with recall.
 """
@@ -29,10 +30,7 @@ ASKED = "What is the code of my bicycle lock?"
 GIVEN = "Here is a passage of a novel. Only say OK. "
 # Words of a passage, and tokens of an answer.
 PASSAGE, ANSWERED, LIMIT, SLOTS = 3000, 16, 512, 128
-SETTINGS = {
-    "recall": ["--recall", str(SLOTS)],
-    "no recall": [],
-}
+BOUNDED = ["--max-kv-size", str(LIMIT), "--positions", "original"]
 
 
 def passages(text: str) -> list[str]:
@@ -94,6 +92,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20000)
     parser.add_argument("--model", type=Path, default=demo_model_path())
     parser.add_argument("--policy", default="tova")
+    parser.add_argument(
+        "--setting", action="append", choices=["recall", "no recall", "full"]
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     # A word of a novel is a token and a third.
@@ -101,12 +102,18 @@ def main() -> None:
     lines = passages(args.text.read_text(encoding="utf-8"))[:turns]
     if len(lines) < turns:
         sys.exit(f"{args.text}: {len(lines)} passages are too few for {turns}.")
-    options = ["--model", str(args.model), "--policy", args.policy]
-    options += ["--max-kv-size", str(LIMIT), "--max-tokens", str(ANSWERED)]
-    options += ["--positions", "original"]
+    options = ["--model", str(args.model), "--max-tokens", str(ANSWERED)]
+    bounded = ["--policy", args.policy, *BOUNDED]
+    settings = {
+        "recall": [*bounded, "--recall", str(SLOTS)],
+        "no recall": bounded,
+        # What the model itself can answer when nothing is forgotten.
+        "full": ["--policy", "full"],
+    }
     report: dict[str, Any] = {"model": args.model.name, **provenance()}
     texts = []
-    for name, others in SETTINGS.items():
+    for name in args.setting or settings:
+        others = settings[name]
         said = chat([TOLD, *lines, ASKED], [*options, *others])
         last = said[-2]
         report[name] = {
@@ -118,7 +125,7 @@ def main() -> None:
         if args.out:
             args.out.write_text("\n\n".join(texts), encoding="utf-8")
     print(json.dumps(report))
-    sys.exit(not report["recall"]["answered"])
+    sys.exit(not report.get("recall", {"answered": True})["answered"])
 
 
 if __name__ == "__main__":
