@@ -22,9 +22,11 @@ from ..hooks import dispatcher, registration, trimming
 from ..policies import Granularity
 from ..storage.archive import Archive
 from ..storage.entries import Entries, dequantized, to_mlx
+from ..storage.footprint import max_nbytes
 from ..storage.formats import storage_for
 from ..storage.observer import Callback, Observer, RecallCallback
 from ..storage.recall import Recall
+from ..storage.rewinding import can_take_back, take_back
 from ..storage.rotation import Renumbering
 from ..storage.slots import Slots
 from ..storage.state import from_state, to_state
@@ -235,7 +237,7 @@ class PolicyKVCache(PolicyCache, Archived):
 
         An archive is not counted: it is not bounded.
         """
-        return self._slots.max_nbytes
+        return max_nbytes(self._slots)
 
     @property
     def positions(self) -> mx.array:
@@ -349,7 +351,7 @@ class PolicyKVCache(PolicyCache, Archived):
         if n <= 0:
             return True
         before, n = self._before(min(n, self.seen))
-        return n >= 0 and before.can_take_back(n)
+        return n >= 0 and can_take_back(before, n)
 
     @property
     def journal(self) -> int:
@@ -373,7 +375,7 @@ class PolicyKVCache(PolicyCache, Archived):
             )
         before, rest = self._before(n)
         slots = before.twin()
-        slots.take_back(rest)
+        take_back(slots, rest)
         self._shared.forget()
         self._slots, self._pending = slots, None
         return n
