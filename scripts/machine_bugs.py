@@ -31,9 +31,9 @@ BUGS = [
         [
             Edit("caches/layer.py", "        if not n:\n            return 0\n", ""),
             Edit(
-                "storage/slots.py",
-                "        if n <= 0:\n            return\n        to",
-                "        to",
+                "storage/rewinding.py",
+                "    if n <= 0:\n        return\n    to",
+                "    to",
             ),
         ],
     ),
@@ -41,11 +41,10 @@ BUGS = [
         "all taken back, no scores, and the kernel reads past them (defect 5)",
         [
             Edit(
-                "storage/slots.py",
-                "            self.__dict__ = vars(new)\n            return\n",
-                "            self.offset, self.victim = 0, None\n"
-                "            self.positions = self.scores = None\n"
-                "            return\n",
+                "storage/rewinding.py",
+                "        slots.empty()\n",
+                "        slots.offset, slots.victim = 0, None\n"
+                "        slots.positions = slots.scores = None\n",
             ),
             Edit(
                 "eviction/step_kernel.py",
@@ -132,7 +131,7 @@ BUGS = [
         "one token more than the journal holds may be taken back",
         [
             Edit(
-                "storage/slots.py",
+                "storage/rewinding.py",
                 "return evictions <= at_hand",
                 "return evictions <= at_hand + 1",
             )
@@ -142,7 +141,7 @@ BUGS = [
         "scores in the journal are taken for ordered",
         [
             Edit(
-                "storage/slots.py",
+                "storage/logged_slots.py",
                 "known = (self.scores, self.positions, self.victim)",
                 "known = (self.scores,)",
             )
@@ -221,9 +220,9 @@ BUGS = [
         "what was evicted before comes back plain into quantised slots",
         [
             Edit(
-                "caches/layer.py",
-                "stored, slots.journal.empty()",
-                "stored, slots.journal",
+                "storage/slots.py",
+                "storage, self.journal.empty()",
+                "storage, self.journal",
             )
         ],
     ),

@@ -7,9 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .caches.layer import PolicyKVCache, TOVACache
     from .caches.observing import observe_evictions
     from .caches.options import ArchiveOptions
+    from .caches.tova import PolicyKVCache, TOVACache
     from .errors import (
         CacheStateError,
         EvaluationError,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "caches.layer": ("PolicyKVCache", "TOVACache"),
+    "caches.tova": ("PolicyKVCache", "TOVACache"),
     "caches.observing": ("observe_evictions",),
     "caches.options": ("ArchiveOptions",),
     "errors": (

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -25,22 +25,14 @@ from ..storage.entries import Entries, arrays_of, each, join, pad, to_mlx
 from ..storage.fields import tokens_held
 from ..storage.stack import Stack, step_mask
 from .base import Pending, PolicyCache, calling_module
-from .refusals import attended_again, check_values
+from .parts import Part, mask_of_row
+from .refusals import attended_again, check_alike, check_values
 
 if TYPE_CHECKING:
     from .layer import PolicyKVCache
 
 # The part of a chunk that is a row's own: from, to.
 Span = tuple[int, int]
-
-
-class _Part(NamedTuple):
-    """What a row's update gave, and where that lies in the batch's arrays."""
-
-    queries: slice
-    columns: slice
-    keys: Entries
-    values: Entries
 
 
 class BatchPolicyKVCache(PolicyCache):
@@ -61,7 +53,7 @@ class BatchPolicyKVCache(PolicyCache):
         self._lengths: list[int] | None = None
         self._done = 0
         # What the last update gave, row by row and joined, until it is attended to.
-        self._parts: list[_Part] = []
+        self._parts: list[Part] = []
         self._joined: list[Entries] = []
 
     @classmethod
@@ -72,7 +64,7 @@ class BatchPolicyKVCache(PolicyCache):
         """
         first = caches[0]
         for cache in caches:
-            _check_alike(_made(first), _made(cache))
+            check_alike(_made(first), _made(cache))
             if cache.keys is not None and cache.keys.shape[0] != 1:
                 raise CacheStateError(
                     f"{first.rule.policy}: a cache of {cache.keys.shape[0]} rows "
@@ -111,7 +103,7 @@ class BatchPolicyKVCache(PolicyCache):
                 f"{self.rule.policy}: rows cannot join while padded prompts are read. "
                 "Call finalize first."
             )
-        _check_alike(_made(self), _made(other))
+        check_alike(_made(self), _made(other))
         self._rows = [*self._unstacked(), *other._unstacked()]
         self._left = [0] * len(self._rows)
 
@@ -331,7 +323,7 @@ class BatchPolicyKVCache(PolicyCache):
             else:
                 given = self._held(row, keys, values)
             queries, columns = slice(start, stop), slice(first, before + stop)
-            self._parts.append(_Part(queries, columns, *given))
+            self._parts.append(Part(queries, columns, *given))
             padded.append([pad(a, first, length - stop) for a in given])
         self._done += length
         self._joined = [join(a, axis=0) for a in zip(*padded, strict=True)]
@@ -347,7 +339,7 @@ class BatchPolicyKVCache(PolicyCache):
 
     def _attend_rows(
         self,
-        parts: Sequence[_Part],
+        parts: Sequence[Part],
         joined: Sequence[Entries],
         queries: mx.array,
         keys: Any,
@@ -372,37 +364,14 @@ class BatchPolicyKVCache(PolicyCache):
                 queries[i : i + 1, :, part.queries],
                 *mine,
                 scale=args.scale,
-                mask=_mask_of_row(args.mask, i, part),
+                mask=mask_of_row(args.mask, i, part),
                 sinks=args.sinks,
             )
             outputs.append(pad(output, start, length - stop))
         return mx.concatenate(outputs)
 
 
-def _mask_of_row(mask: Any, row: int, part: _Part) -> Any:
-    if not isinstance(mask, mx.array):
-        return mask
-    mask = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
-    if mask.shape[0] > 1:
-        mask = mask[row : row + 1]
-    # One row for all queries, say: cut only what is there.
-    queries = part.queries if mask.shape[2] > 1 else slice(None)
-    columns = part.columns if mask.shape[3] > 1 else slice(None)
-    return mask[:, :, queries, columns]
-
-
 def _made(cache: PolicyKVCache | BatchPolicyKVCache) -> dict[str, Any]:
     """How a cache, or the rows of a batch, were made."""
     kind = cache.kind if isinstance(cache, BatchPolicyKVCache) else type(cache)
     return {"kind": kind, "shares": cache.shares, **vars(cache.options)}
-
-
-def _check_alike(one: dict[str, Any], other: dict[str, Any]) -> None:
-    """Raise CacheStateError for caches that were made otherwise."""
-    for name, mine in one.items():
-        if mine != other[name]:
-            raise CacheStateError(
-                f"{one['rule'].policy}: caches of different options ({name}: {mine} "
-                f"and {other[name]}) cannot be one batch. Convert the model once, then "
-                "make all of them."
-            )

@@ -1,8 +1,7 @@
 """One layer's cache: the mlx-lm contract.
 
-`PolicyKVCache` keeps a layer's slots under any policy; `TOVACache` is the same with
-the paper's. The order of a step is write, attend, choose the victim. Knows one batch
-of rows of equal length.
+`PolicyKVCache` keeps a layer's slots under any policy. The order of a step is write,
+attend, choose the victim. Knows one batch of rows of equal length.
 """
 
 from collections.abc import Sequence
@@ -19,10 +18,8 @@ from ..attention.sharing import Shared
 from ..errors import CacheStateError, OptionError
 from ..eviction import window_mask
 from ..hooks import dispatcher, registration, trimming
-from ..policies import Granularity
 from ..storage.archive import Archive
-from ..storage.entries import Entries, dequantized, to_mlx
-from ..storage.footprint import max_nbytes
+from ..storage.entries import Entries, to_mlx
 from ..storage.formats import storage_for
 from ..storage.observer import Callback, Observer, RecallCallback
 from ..storage.recall import Recall
@@ -30,16 +27,16 @@ from ..storage.rewinding import can_take_back, take_back
 from ..storage.rotation import Renumbering
 from ..storage.slots import Slots
 from ..storage.state import from_state, to_state
-from .archived import Archived
-from .base import Pending, PolicyCache, calling_module
+from .base import Pending, calling_module
 from .batch import BatchPolicyKVCache
 from .chunk import Chunk, attend, attend_in_parts, is_cut, store
+from .held import HeldTokens
 from .lockstep import Lockstep
 from .options import JOURNAL, CacheOptions
 from .refusals import check_entries, check_recall, check_values, windowed
 
 
-class PolicyKVCache(PolicyCache, Archived):
+class PolicyKVCache(HeldTokens):
     """A key/value cache of one layer that keeps `max_size` tokens under a policy.
 
     Per step the new token is stored, its query attends to everything held, and then,
@@ -71,11 +68,11 @@ class PolicyKVCache(PolicyCache, Archived):
     Raises:
         OptionError: a value that cannot work, or an option the policy does not read.
 
-    Attributes:
-        seen: tokens seen.
-        offset: the position of the next token, for rotary embeddings: `seen`, or less
-            with positions that are renumbered.
+    Attributes: see `HeldTokens`.
     """
+
+    def __init_subclass__(cls) -> None:
+        _KINDS.append(cls)
 
     def __init__(
         self,
@@ -120,7 +117,7 @@ class PolicyKVCache(PolicyCache, Archived):
     ) -> None:
         dispatcher.install()
         trimming.install()
-        register()
+        registration.install(*_KINDS)
         # That of the slots may pin a conversation's first tokens.
         super().__init__(options.rule if slots is None else slots.rule, shares)
         self.options = options
@@ -142,34 +139,10 @@ class PolicyKVCache(PolicyCache, Archived):
             f"{self.size()} of {self.seen} tokens, {self.nbytes:,} bytes>"
         )
 
-    # What is held
-
     @property
     def prefill(self) -> str:
         """ "stepwise", or "once"."""
         return self.options.prefill
-
-    @property
-    def max_size(self) -> int | None:
-        """Tokens kept, those that are recalled included; None for no limit."""
-        limit = self.rule.max_size
-        return None if limit is None else limit + self.options.recall
-
-    @property
-    def seen(self) -> int:
-        """Tokens seen."""
-        return self._slots.offset + self._waiting
-
-    @property
-    def offset(self) -> int:
-        """The rotary position of the next token: how many were seen, or fewer."""
-        return self._slots.next_rotary + self._waiting
-
-    @property
-    def _waiting(self) -> int:
-        """New tokens that are stored when they are attended to."""
-        chunk = self._pending.chunk if self._pending is not None else None
-        return 0 if chunk is None else chunk.length
 
     @property
     def keys(self) -> Entries | None:
@@ -212,52 +185,6 @@ class PolicyKVCache(PolicyCache, Archived):
         self._slots.observer = Observer(
             callback, wants_scores=scores, recalled=recalled
         )
-
-    @property
-    def values(self) -> Entries | None:
-        """All slots [B, n_kv_heads, slots, head_dim], in no order; None if empty."""
-        return self._slots.values
-
-    def size(self) -> int:
-        """Tokens held."""
-        return self._slots.size()
-
-    def empty(self) -> bool:
-        return self._slots.keys is None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays of the cache, its journal and an archive in memory."""
-        archived = 0 if self.archives_on_disk else self.archive_nbytes
-        return self._slots.nbytes + archived
-
-    @property
-    def max_nbytes(self) -> int | None:
-        """Bytes that the cache can reach; None if unlimited or still empty.
-
-        An archive is not counted: it is not bounded.
-        """
-        return max_nbytes(self._slots)
-
-    @property
-    def positions(self) -> mx.array:
-        """The index of the token in each slot held, int32 [B, H', size()].
-
-        In ascending order, the order of `keys_and_values`. H' is 1, or n_kv_heads
-        with granularity "head".
-        """
-        return self._slots.held_positions()
-
-    def keys_and_values(self) -> tuple[Entries, Entries]:
-        """Keys and values held [B, n_kv_heads, size(), head_dim], by position."""
-        if self.empty():
-            raise CacheStateError(
-                "An empty cache has no keys. Run the model with it first."
-            )
-        if self._shared.entries is not None:
-            # A layer that shares this one's keys attends to what this one attended to.
-            return self._shared.entries
-        return self._slots.held_entries()
 
     # The model's side
 
@@ -353,11 +280,6 @@ class PolicyKVCache(PolicyCache, Archived):
         before, n = self._before(min(n, self.seen))
         return n >= 0 and can_take_back(before, n)
 
-    @property
-    def journal(self) -> int:
-        """How many of the newest tokens can be taken back after evictions."""
-        return self._slots.journal.length
-
     def trim(self, n: int) -> int:
         """Take back the newest n tokens; returns how many were taken, 0 for n <= 0.
 
@@ -407,15 +329,9 @@ class PolicyKVCache(PolicyCache, Archived):
                 "a cache cannot be quantised on the way. Give kv_bits to "
                 "make_prompt_cache or convert."
             )
-        stored = storage_for(bits, group_size)
-        if slots.keys is not None:
-            stored = stored.fitted(*map(dequantized, slots.held_entries()))
-        twin = slots.twin()
-        twin.storage, twin.journal = stored, slots.journal.empty()
-        if twin.keys is not None:
-            twin.keys, twin.values = stored.store(twin.keys, twin.values)
-            twin.stored_rotary = twin.rotary if twin.keeps_stored else None
-        return self.of(replace(self.options, storage=stored), twin, self.shares)
+        stored = slots.stored_in(storage_for(bits, group_size))
+        options = replace(self.options, storage=stored.storage)
+        return self.of(options, stored, self.shares)
 
     @property
     def state(self) -> tuple[Any, ...]:
@@ -455,78 +371,12 @@ class PolicyKVCache(PolicyCache, Archived):
         cache.state = state
         return cache
 
-    @property
-    def slots(self) -> Slots:
-        """What is held, and where."""
-        return self._slots
-
     # Batches
 
     @staticmethod
     def merge(caches: Sequence["PolicyKVCache"]) -> Any:
         """A `BatchPolicyKVCache` of copies of these caches."""
         return BatchPolicyKVCache.merge(caches)
-
-
-class TOVACache(PolicyKVCache):
-    """A key/value cache of one layer that keeps the tokens most attended last.
-
-    After each token has attended, the token that it attended to least, on the mean
-    over the heads, is evicted. Nothing else is protected: not the first tokens, not the
-    newest.
-
-    Args:
-        max_size: tokens kept (the paper's multi-state size), at least 1.
-        granularity: "layer", one victim per layer (the paper's best), or "head", one
-            per KV head by the mean over its query heads.
-        n_sinks, n_recent: first and newest tokens protected, inside `max_size`.
-        memory: share of the old score kept per token, 0 to 1; 0 is the paper's.
-        value_weighted: whether a weight counts times the norm of the token's value.
-        prefill: "stepwise" (exact token by token) or "once" (see PolicyKVCache).
-        journal: newest tokens that can be taken back (see PolicyKVCache).
-        kv_bits, kv_group_size: quantised keys and values (see PolicyKVCache).
-
-    Raises:
-        OptionError: a value that cannot work.
-
-    Source: "Transformers are Multi-State RNNs", arXiv 2401.06104, section 3.
-    Differs from the source: stepwise prefill, granularity "head", `n_sinks`,
-    `n_recent`, `memory` and `value_weighted`.
-    """
-
-    def __init__(
-        self,
-        max_size: int,
-        *,
-        granularity: Granularity = "layer",
-        n_sinks: int = 0,
-        n_recent: int = 0,
-        memory: float = 0.0,
-        value_weighted: bool = False,
-        prefill: str = "stepwise",
-        journal: int = JOURNAL,
-        kv_bits: int | tuple[int, int] | None = None,
-        kv_group_size: int = 64,
-    ):
-        super().__init__(
-            max_size,
-            "tova",
-            granularity=granularity,
-            n_sinks=n_sinks,
-            n_recent=n_recent,
-            memory=memory,
-            value_weighted=value_weighted,
-            prefill=prefill,
-            journal=journal,
-            kv_bits=kv_bits,
-            kv_group_size=kv_group_size,
-        )
-
-
-def new_cache(options: CacheOptions) -> PolicyKVCache:
-    """Return an empty cache made with resolved options."""
-    kind = TOVACache if options.rule.policy == "tova" else PolicyKVCache
-    return kind.of(options)
 
 
 def _recall_of(options: CacheOptions) -> Recall | None:
@@ -538,6 +388,5 @@ def _recall_of(options: CacheOptions) -> Recall | None:
     return Recall(options.recall, options.rule.max_size, archive, options.journal)
 
 
-def register() -> None:
-    """Name the classes where mlx-lm's `load_prompt_cache` looks them up."""
-    registration.install(PolicyKVCache, TOVACache)
+# What mlx-lm's `load_prompt_cache` may have to find.
+_KINDS: list[type[PolicyKVCache]] = [PolicyKVCache]

@@ -1,5 +1,7 @@
 """What a cache cannot be right with: refused, with the reason and the next move."""
 
+from typing import Any
+
 from ..errors import CacheStateError, UnsupportedModelError
 from ..policies import Rule
 from ..storage.entries import Entries
@@ -67,6 +69,17 @@ def check_recall(
             "repeated heads), so evicted ones cannot be brought back. Use recall=0, or "
             "another model."
         )
+
+
+def check_alike(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Check that caches were made with the same options. Raises CacheStateError."""
+    for name, mine in one.items():
+        if mine != other[name]:
+            raise CacheStateError(
+                f"{one['rule'].policy}: caches of different options ({name}: {mine} "
+                f"and {other[name]}) cannot be one batch. Convert the model once, then "
+                "make all of them."
+            )
 
 
 def unseen(module: str, policy: str) -> UnsupportedModelError:

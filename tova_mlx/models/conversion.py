@@ -16,10 +16,11 @@ from weakref import ref
 import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 
-from ..caches.layer import PolicyKVCache, new_cache
+from ..caches.layer import PolicyKVCache
 from ..caches.lockstep import keep_together
 from ..caches.options import JOURNAL, ArchiveOptions, CacheOptions
 from ..caches.refusals import unseen
+from ..caches.tova import new_cache
 from ..errors import TovaError, UnsupportedModelError
 from ..hooks import dispatcher
 from ..hooks.layers import leaves, total

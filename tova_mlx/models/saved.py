@@ -20,9 +20,11 @@ import numpy.typing as npt
 from mlx.utils import tree_flatten
 from mlx_lm.models import cache as mlx_lm_cache
 
-from ..caches.layer import PolicyKVCache, register
+from ..caches.layer import PolicyKVCache
 from ..caches.lockstep import keep_together
+from ..caches.tova import TOVACache
 from ..errors import CacheStateError
+from ..hooks import registration
 from ..hooks.layers import leaves
 from ..storage.entries import arrays_of
 from .report import trace
@@ -109,7 +111,7 @@ def load_prompt_cache(
     Raises CacheStateError: the file is missing, cut off or no prompt, or does not fit.
     """
     path = _there(path)
-    register()
+    registration.install(PolicyKVCache, TOVACache)
     try:
         with ExitStack() as until_read:
             caches, metadata = _read(_readable(path, until_read))

@@ -14,6 +14,7 @@ from .device import kernels_wanted
 from .entries import (
     Entries,
     after,
+    dequantized,
     each,
     first_slots,
     gather,
@@ -28,6 +29,7 @@ from .fields import (
     positions_by_age,
     slots_to_allocate,
 )
+from .formats import Storage
 from .journal import Renumbered
 from .logged_slots import LoggedSlots
 
@@ -190,6 +192,17 @@ class Slots(LoggedSlots):
     def next_rotary(self) -> int:
         """The rotary position of the next token."""
         return self.offset - self.shift
+
+    def stored_in(self, storage: Storage) -> "Slots":
+        """Return plain slots in another format, and with an empty journal."""
+        if self.keys is not None:
+            storage = storage.fitted(*map(dequantized, self.held_entries()))
+        twin = self.twin()
+        twin.storage, twin.journal = storage, self.journal.empty()
+        if twin.keys is not None:
+            twin.keys, twin.values = storage.store(twin.keys, twin.values)
+            twin.stored_rotary = twin.rotary if twin.keeps_stored else None
+        return twin
 
     def empty(self) -> None:
         """Hold nothing, as when new; whoever observes goes on."""
