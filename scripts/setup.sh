@@ -3,15 +3,15 @@
 
 cd "$(dirname "$0")/.."
 python=""
-for candidate in "${PYTHON:-}" python3.13 python3.12 python3.11 python3.10 python3; do
+for candidate in "${PYTHON:-}" python3.14 python3.13 python3.12 python3.11 python3; do
     if [ -n "$candidate" ] && "$candidate" -c \
-        'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+        'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
         python=$candidate
         break
     fi
 done
 if [ -z "$python" ]; then
-    echo "tova_mlx needs Python 3.10 or newer. Install it, or set PYTHON." >&2
+    echo "tova_mlx needs Python 3.11 or newer. Install it, or set PYTHON." >&2
     exit 1
 fi
 if [ ! -x .venv/bin/python ] || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then

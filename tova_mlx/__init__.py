@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .models.saved import load_prompt_cache, save_prompt_cache
     from .policies import POLICIES, Policy, register_policy
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "caches.tova": ("PolicyKVCache", "TOVACache"),

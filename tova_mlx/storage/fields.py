@@ -18,7 +18,7 @@ from .formats import Storage
 from .rotation import Renumbering, RotatedEntries
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 # What is known of each slot: arrays with the slots in axis 2.
 PER_SLOT = (
