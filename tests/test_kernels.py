@@ -453,6 +453,21 @@ def test_evictions_of_keydiff_are_those_of_the_portable_path(
     assert kernels_run == ["tova_keydiff_scan"]
 
 
+@pytest.mark.parametrize(("columns", "runs"), [(24, True), (25, False)])
+def test_keydiff_scans_wide_blocks_without_all_pairs(
+    kernels_run, monkeypatch, columns, runs
+):
+    monkeypatch.setenv("TOVA_MLX_KERNELS", "on")
+    monkeypatch.setattr(keydiff_kernel, "MAX_BYTES", 4 * 2 * 24**2)
+    rule = resolve_options("keydiff", 12, {})
+    shape = (1, 2, columns, 8)
+    keys = mx.array(np.random.default_rng(1).standard_normal(shape), mx.float32)
+    places = mx.broadcast_to(mx.arange(columns, dtype=mx.int32), shape[:3])
+    scan = scored_scan(keys, keys, places, rule, limit=12, length=columns - 12)
+    assert ((np.array(scan.last) == columns - 12).sum(axis=1) == 12).all()
+    assert kernels_run == ["tova_keydiff_scan"] * runs
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_a_choice_by_scores_is_that_of_the_portable_path(kernels_run, seed):
     rng = np.random.default_rng(seed)

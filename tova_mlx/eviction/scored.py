@@ -79,8 +79,10 @@ def scored_scan(
     if rule.scan_on_gpu is not None and kernels_wanted() and not at_eviction:
         first = length if limit is None else max(0, limit - n_held)
         how = {"first_evicting": first, "length": length}
-        last = rule.scan_on_gpu(pair[0], positions, rule, **how).reshape(flat)
-        return ScanResult(last, mx.zeros(last.shape), None)
+        last = rule.scan_on_gpu(pair[0], positions, rule, **how)
+        if last is not None:
+            last = last.reshape(flat)
+            return ScanResult(last, mx.zeros(last.shape), None)
     columns = mx.arange(n_columns)
     held = mx.broadcast_to(columns < n_held, positions.shape)
     last = mx.full(positions.shape, length, mx.int32)

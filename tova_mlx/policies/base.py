@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     Score: TypeAlias = Callable[[Any, Any, mx.array, mx.array], mx.array]
     ScoreOnGpu: TypeAlias = Callable[[mx.array, mx.array | None], mx.array]
-    ScanOnGpu: TypeAlias = Callable[..., mx.array]
+    ScanOnGpu: TypeAlias = Callable[..., mx.array | None]
     Prepare: TypeAlias = Callable[[mx.array, mx.array], tuple[Any, Any]]
 
 Granularity = Literal["layer", "head"]
@@ -130,6 +130,7 @@ class Policy:
             come one a step, the last step that saw each, `length` if it is held; from
             the step `first_evicting` on one goes after every step. `prepared` is the
             first of what `prepare` gave. For blocks of a prompt; nothing is evaluated.
+            None for a block that is too wide: `score` is called step by step then.
 
     Raises:
         OptionError: a combination that means nothing.

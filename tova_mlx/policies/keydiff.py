@@ -74,10 +74,12 @@ def score_on_gpu(keys: mx.array, held: mx.array | None) -> mx.array:
 
 def scan_on_gpu(
     keys: Directions, positions: mx.array, rule: Rule, **how: int
-) -> mx.array:
-    """Return until when each column is held, see `Policy`."""
-    from .keydiff_kernel import evictions_on_gpu
+) -> mx.array | None:
+    """Return until when each column is held, see `Policy`; None: too many columns."""
+    from .keydiff_kernel import evictions_on_gpu, fits
 
+    if not fits(keys.squares.shape):
+        return None
     return evictions_on_gpu(keys, positions, rule, **how)
 
 

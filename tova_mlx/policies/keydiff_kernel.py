@@ -19,6 +19,10 @@ import mlx.core as mx
 from .base import Rule
 from .metal import BEST, HEADER, LOWEST, MAX_COLUMNS, SIMDGROUPS, THREADS
 
+# Of the products of all pairs: 2,896 columns of 8 heads. More go step by step, which is
+# slower and takes no more memory than the keys do.
+MAX_BYTES = 256 * 2**20
+
 _SOURCE = """
   const int tid = int(thread_position_in_threadgroup.x);
   const int lane = int(thread_index_in_simdgroup);
@@ -253,6 +257,12 @@ def _kernel() -> Any:
         output_names=["scores"],
         source=_SOURCE,
     )
+
+
+def fits(shape: tuple[int, ...]) -> bool:
+    """Return whether the products of all pairs of [B, n_kv_heads, N] columns fit."""
+    batch, n_kv_heads, columns = shape
+    return columns <= MAX_COLUMNS and 4 * batch * n_kv_heads * columns**2 <= MAX_BYTES
 
 
 def evictions_on_gpu(
