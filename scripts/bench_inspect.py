@@ -2,8 +2,10 @@
 
     python scripts/bench_inspect.py [--text FILE] [--rounds 5] [--out FILE]
 
-Demo model, float32 where there is no Metal. First the same tokens with nobody looking,
-with an observer of evictions, and with scores too, in turn: the medians of the ratios.
+Demo model, float32 where there is no Metal. `off`: how often a decoded token asks for
+an observer while there is none, what one such question takes, and the share of the
+token's CPU time that all of them are. Then the same tokens with nobody looking, with an
+observer of evictions, and with scores too, in turn: the medians of the ratios.
 `off_again` is nobody looking once more: what is noise. Then pages of 2,000 tokens, and
 of 5,000 under two policies, are opened in Chromium: until they can be used, and one
 frame of a slider that jumps and of one that moves on, as it was seen and in CPU time of
@@ -16,6 +18,7 @@ import shutil
 import statistics
 import tempfile
 import time
+import timeit
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,6 +30,7 @@ from common import EXCERPT, finish, load_demo_model, provenance, repeated_ids
 from tova_mlx import inspect, make_prompt_cache, observe_evictions
 from tova_mlx.evaluation.reading import read
 from tova_mlx.inspection.record import Inspection
+from tova_mlx.storage.observer import Observer
 
 POLICIES = ("tova", "h2o", "streaming")
 SIZE, LENGTH, STEP = 128, 512, 256
@@ -55,6 +59,8 @@ def main() -> None:
     model, tokenizer = load_demo_model()
     ids = repeated_ids(tokenizer, args.text, 5000)
     result: dict[str, Any] = {**provenance(), "max_kv_size": SIZE, "step": STEP}
+    result["off"] = _off(model, ids[: SIZE + 1])
+    print("off", result["off"], flush=True)
     result["recording"] = {
         policy: _recording(model, tokenizer, ids[:LENGTH], policy, args.rounds)
         for policy in POLICIES
@@ -72,6 +78,47 @@ def main() -> None:
         result["pages"][name] = row | _page(found)
         print(name, result["pages"][name], flush=True)
     finish(result, args.out)
+
+
+class _Counting(Observer):
+    """Nobody, who counts how often he is asked for."""
+
+    asked = 0
+
+    def __getattribute__(self, name: str) -> Any:
+        _Counting.asked += 1
+        return super().__getattribute__(name)
+
+    def __bool__(self) -> bool:
+        _Counting.asked += 1
+        return False
+
+
+def _off(model: Any, ids: list[int], n: int = 64) -> dict[str, Any]:
+    """What a decoded token of `tova` spends on an observer that is not there."""
+    caches = make_prompt_cache(model, SIZE, journal=0)
+    list(read(model, mx.array([ids]), caches, STEP))
+
+    def decode() -> float:
+        begun = time.process_time()
+        for token in ids[:n]:
+            mx.eval(model(mx.array([[token]]), cache=caches))
+        return (time.process_time() - begun) / n
+
+    decode()
+    token = statistics.median(decode() for _ in range(5))
+    nobody = Observer()
+    times = timeit.repeat(lambda: bool(nobody), number=10**5, repeat=7)
+    for cache in caches:
+        cache.slots.observer = _Counting()
+    decode()
+    asked, question = _Counting.asked / n, min(times) / 10**5
+    return {
+        "asked_per_token": asked,
+        "seconds_per_question": question,
+        "cpu_seconds_per_token": token,
+        "share": asked * question / token,
+    }
 
 
 def _recording(
