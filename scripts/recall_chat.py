@@ -3,10 +3,10 @@
     python scripts/recall_chat.py TEXT [--tokens 20000] [--model PATH] [--out FILE]
 
 `tova-mlx chat` is told a number, then given passages of the text until it has seen so
-many tokens, and asked for the number: with 128 of 512 tokens for recall, without, and
-with the full cache.
-FILE gets what was said in the first and the last turns of both. The last line is JSON;
-exit 1 if the number is not answered with recall.
+many tokens, and asked for the number: with some of the slots for recall, without, and
+with the full cache; or only with the settings named. FILE gets what was said in the
+first and the last turns of each. The last line is JSON; exit 1 if the number is not
+answered with recall.
 """
 
 import argparse
@@ -29,8 +29,7 @@ TOLD = (
 ASKED = "What is the code of my bicycle lock?"
 GIVEN = "Here is a passage of a novel. Only say OK. "
 # Words of a passage, and tokens of an answer.
-PASSAGE, ANSWERED, LIMIT, SLOTS = 3000, 16, 512, 128
-BOUNDED = ["--max-kv-size", str(LIMIT), "--positions", "original"]
+PASSAGE, ANSWERED = 3000, 16
 
 
 def passages(text: str) -> list[str]:
@@ -92,6 +91,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20000)
     parser.add_argument("--model", type=Path, default=demo_model_path())
     parser.add_argument("--policy", default="tova")
+    parser.add_argument("--max-kv-size", type=int, default=512)
+    parser.add_argument("--recall", type=int, default=128, help="of --max-kv-size")
     parser.add_argument(
         "--setting", action="append", choices=["recall", "no recall", "full"]
     )
@@ -103,9 +104,10 @@ def main() -> None:
     if len(lines) < turns:
         sys.exit(f"{args.text}: {len(lines)} passages are too few for {turns}.")
     options = ["--model", str(args.model), "--max-tokens", str(ANSWERED)]
-    bounded = ["--policy", args.policy, *BOUNDED]
+    bounded = ["--policy", args.policy, "--max-kv-size", str(args.max_kv_size)]
+    bounded += ["--positions", "original"]
     settings = {
-        "recall": [*bounded, "--recall", str(SLOTS)],
+        "recall": [*bounded, "--recall", str(args.recall)],
         "no recall": bounded,
         # What the model itself can answer when nothing is forgotten.
         "full": ["--policy", "full"],
