@@ -25,12 +25,12 @@ pytestmark = pytest.mark.real_model
 
 
 @contextmanager
-def serving(*arguments):
+def serving(*arguments, code="from tova_mlx.cli import main; main()"):
     """A server process on a free port, and a client of it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tova_mlx", "serve", "--port", str(port)]
+    command = [sys.executable, "-c", code, "serve", "--port", str(port)]
     process = subprocess.Popen(
         [*command, *arguments], stderr=subprocess.PIPE, text=True
     )
