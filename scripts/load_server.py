@@ -1,6 +1,6 @@
 """A server with many clients at once, each answer checked, while others abuse it.
 
-    python scripts/load_server.py [--clients 56] [--questions 3] [--settings tova draft]
+    python scripts/load_server.py [--clients 56] [--questions 1] [--settings tova draft]
         [--out results/trust/server.json]
 
 Starts `tova-mlx serve` on the demo model, once for every setting. All clients ask at
@@ -172,12 +172,16 @@ def foreign(texts: list[tuple[str, str]], secrets: set[str]) -> int:
 
 
 def storm(
-    arguments: tuple[str, ...], asked: list[Question], clients: int, context: int
+    arguments: tuple[str, ...],
+    asked: list[Question],
+    clients: int,
+    context: int,
+    times: int = 1,
 ) -> dict[str, Any]:
     """What many clients and some abusers get of a server, and what it takes.
 
-    asked: answered alone before; each client has its share of them. context: words of
-    a prompt that is too long; 0 for none.
+    asked: answered alone before; each client has its share of them, and asks them so
+    many times. context: words of a prompt that is too long; 0 for none.
     """
     samples: list[int] = []
     over = threading.Event()
@@ -188,7 +192,7 @@ def storm(
                 samples.append(resident(server.pid))
 
         def client(i: int) -> list[tuple[Question, str | None]]:
-            mine = asked[i::clients]
+            mine = asked[i::clients] * times
             return [(q, ask(port, q, (i + j) % 2 == 0)) for j, q in enumerate(mine)]
 
         with ThreadPoolExecutor(8) as pool:
@@ -265,9 +269,9 @@ def wrong(found: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", type=int, default=56)
-    parser.add_argument("--questions", type=int, default=3, help="for each client")
+    parser.add_argument("--questions", type=int, default=1, help="for each client")
     parser.add_argument("--settings", nargs="+", default=["tova", "draft"])
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="keeps settings that are not run")
     args = parser.parse_args()
     path = str(demo_model_path())
     common = (
@@ -276,12 +280,12 @@ def main() -> None:
         "--max-kv-size",
         str(LIMIT),
         "--prefill-step-size",
-        "256",
+        "64",
     )
-    # Drafts are not batched: one question for each client, and no prompt of minutes.
+    # Drafts are not batched: no prompt of minutes, which all would wait for.
     settings = {
-        "tova": (common, args.questions, CONTEXT + 100),
-        "draft": ((*common, "--draft-model", path), 1, 0),
+        "tova": (common, CONTEXT + 100, 2),
+        "draft": ((*common, "--draft-model", path), 0, 1),
     }
     model, tokenizer = load_demo_model()
     asked = questions(args.clients * args.questions)
@@ -290,17 +294,15 @@ def main() -> None:
         print(f"{i + 1} of {len(asked)} answered alone", file=sys.stderr, end="\r")
     found = {}
     for name in args.settings:
-        arguments, each, context = settings[name]
-        found[name] = storm(
-            arguments, asked[: each * args.clients], args.clients, context
-        )
-        found[name]["wrong"] = wrong(found[name])
+        arguments, *how = settings[name]
+        found[name] = storm(arguments, asked, args.clients, *how)
+        found[name] |= {"wrong": wrong(found[name]), **provenance()}
         print(f"{name}: {json.dumps(found[name])}", file=sys.stderr)
-    report = {"max_kv_size": LIMIT, "near_tie": NEAR_TIE, "settings": found}
-    report |= provenance()
+    report = {"max_kv_size": LIMIT, "near_tie": NEAR_TIE, **found}
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        there = json.loads(args.out.read_text()) if args.out.exists() else {}
+        args.out.write_text(json.dumps(there | report, indent=1) + "\n")
     print(json.dumps(report))
     sys.exit(any(each["wrong"] for each in found.values()))
 

@@ -55,6 +55,10 @@ def user(content: Any) -> dict[str, Any]:
     return {"role": "user", "content": content}
 
 
+def image(url: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
 def raw(body: bytes, *right: str) -> Abuse:
     return Abuse(request(TEXT, body), right)
 
@@ -62,7 +66,7 @@ def raw(body: bytes, *right: str) -> Abuse:
 MB = 1 << 20
 WORD = b'{"prompt": "Call me", "max_tokens": 4}'
 DRAWN = {"temperature": 1.0}
-IMAGE = {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}
+ELSEWHERE, FILE = f"http://{HOST}:9/image", "file:///etc/passwd"
 
 # What is refused once the prompt is read has mlx-lm's 404, all else that it is asked
 # for wrongly 400.
@@ -139,7 +143,9 @@ ABUSES = {
     "messages numbers": chat("400", messages=[5]),
     "messages without a role": chat("404", messages=[{"content": "Why?"}]),
     "content a number": chat("200", "404", messages=[user(5)]),
-    "content an image of a file": chat("404", messages=[user([IMAGE])]),
+    "content an image elsewhere": chat("400", messages=[user([image(ELSEWHERE)])]),
+    "content an image of a file": chat("400", messages=[user([image(FILE)])]),
+    "content a broken image": chat("404", messages=[user([image("data:x")])]),
     "tools a number": chat("200", "404", tools=5),
     "chat_template_kwargs a number": chat("400", chat_template_kwargs=5),
     "a chat template without end": chat(
@@ -248,6 +254,7 @@ class Abusers:
         endless = {"messages": [user("Count!")], "max_tokens": 10**6, "temperature": 0}
         streamed = endless | {"stream": True}
         long = {"messages": [user("word " * context)], "max_tokens": 4}
+        shorter = {"messages": [user("word " * (context // 10))], "max_tokens": 4}
         jobs = [
             (self._send_all,),
             (self._leave, "leaves, not streamed", endless),
@@ -255,7 +262,7 @@ class Abusers:
             (self._read, "reads a byte a second", streamed | {"max_tokens": 32}),
         ]
         if context:
-            jobs.append((self._leave, "leaves a long prompt", long))
+            jobs.append((self._leave, "leaves a long prompt", shorter))
             jobs.append((self._send_long, long))
         self._threads = [threading.Thread(target=f, args=rest) for f, *rest in jobs]
         for thread in self._threads:
@@ -280,7 +287,7 @@ class Abusers:
 
     def _leave(self, kind: str, body: dict[str, Any]) -> None:
         draw = random.Random(kind)
-        while not self.over.wait(2):
+        while not self.over.wait(4):
             self._note(kind, "left", leave(self.port, body, 4 * draw.random()))
 
     def _read(self, kind: str, body: dict[str, Any]) -> None:

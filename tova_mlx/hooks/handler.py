@@ -26,12 +26,8 @@ _NUMBERS = (
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
 )
 # What a request may not say of a template's use: a template of its own may never end.
-_TEMPLATE_USE = {
-    *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
-} - {
-    "documents",
-    "kwargs",
-}
+_USE = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+_TEMPLATE_USE = set(_USE) - {"documents", "kwargs"}
 
 
 class Listener(ThreadingHTTPServer):
@@ -153,6 +149,14 @@ def request_handler(max_draft_tokens: int | None) -> type[server.APIHandler]:
                 raise ValueError(
                     f"stop must have at most {MOST_STOP_CHARACTERS} characters"
                 )
+
+        def handle_chat_completions(self) -> server.CompletionRequest:
+            """Raises ValueError; mlx-lm answers with its text."""
+            for part in server._image_parts(self.body.get("messages", ())):
+                # mlx-lm would fetch any other, whatever its size, for any model.
+                if not str(server._image_url(part)).startswith("data:"):
+                    raise ValueError("an image must be a data URL")
+            return super().handle_chat_completions()
 
         def handle_completion(self, request: Any, stop_words: list[str]) -> None:
             generator: Any = self.response_generator
