@@ -28,6 +28,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -41,6 +42,8 @@ from server_abuse import CHAT, HOST, WAIT, Abusers, user, wrong_statuses
 from tova_mlx.models.demo import demo_model_path
 
 LIMIT, MAX_TOKENS = 40, 12
+# A prompt of eight is as long as the longest of them, up to a step.
+STEP = ("--prefill-step-size", "64")
 # Tokens that the demo model was trained on at once.
 CONTEXT = 8192
 # Above it two tokens are no near tie: float32 rounds logits of 20 at 2e-6, times what
@@ -218,6 +221,9 @@ def storm(
         printed.seek(0)
         tracebacks = printed.read().count("Traceback")
     answers = [(q, text) for q, text in given if text is not None]
+    ways: defaultdict[str, set[str]] = defaultdict(set)
+    for question, text in answers:
+        ways[question.secret].add(text)
     texts = [(q.secret, text) for q, text in answers]
     texts += [("", text) for text in abusers.texts]
     return {
@@ -228,6 +234,7 @@ def storm(
         "unanswered": len(given) - len(answers),
         "answers_checked": len(answers),
         "equal": sum(text == q.alone[-1] for q, text in answers),
+        "answered_in_two_ways": sum(len(texts) > 1 for texts in ways.values()),
         "own_secret_said": sum(q.secret in text for q, text in answers),
         "different": [
             {
@@ -274,14 +281,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="keeps settings that are not run")
     args = parser.parse_args()
     path = str(demo_model_path())
-    common = (
-        "--model",
-        path,
-        "--max-kv-size",
-        str(LIMIT),
-        "--prefill-step-size",
-        "64",
-    )
+    common = (*("--model", path, "--max-kv-size", str(LIMIT)), *STEP)
     # Drafts are not batched: no prompt of minutes, which all would wait for.
     settings = {
         "tova": (common, CONTEXT + 100, 2),
