@@ -36,8 +36,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from abusers import WAIT, Abusers, wrong_statuses
 from common import load_demo_model, provenance, resident
-from server_abuse import CHAT, HOST, WAIT, Abusers, user, wrong_statuses
+from server_abuse import CHAT, HOST, user
 
 from tova_mlx.models.demo import demo_model_path
 

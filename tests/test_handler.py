@@ -22,7 +22,8 @@ from tova_mlx.errors import OptionError, RequestError
 from tova_mlx.hooks import handler
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from server_abuse import HOST, TEXT, Abuse, completion, exchange, request
+from abusers import exchange
+from server_abuse import HOST, TEXT, Abuse, completion, request
 
 DEFAULTS = SimpleNamespace(
     **{"num_draft_tokens": 3, "max_tokens": 9, "temp": 0.0, "top_p": 1.0, "top_k": 0},

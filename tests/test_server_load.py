@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from mlx_lm import load
 from test_serve import chat, serving, user
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import abusers
 import load_server
 import server_abuse
 
@@ -64,10 +66,10 @@ def test_a_secret_of_another_client_is_seen():
 
 
 def test_a_status_that_is_not_right_is_found():
-    got = {"a path": server_abuse.Counter({"404": 3}), "leaves": {"left": 1}}
-    assert server_abuse.wrong_statuses(got) == {}
+    got = {"a path": Counter({"404": 3}), "leaves": {"left": 1}}
+    assert abusers.wrong_statuses(got) == {}
     got["a path"]["200"] += 1
-    assert server_abuse.wrong_statuses(got) == {"a path": ["200"]}
+    assert abusers.wrong_statuses(got) == {"a path": ["200"]}
 
 
 def test_the_margin_is_that_of_the_token_where_two_texts_part():
@@ -165,7 +167,7 @@ def test_clients_that_have_left_do_not_keep_others_waiting(small_path):
     with serving(*arguments) as (_, client):
         endless = {"messages": [user("Count!")], "max_tokens": 10**9}
         for _ in range(4):
-            server_abuse.leave(client.base_url.port, endless, 0.5)
+            abusers.leave(client.base_url.port, endless, 0.5)
         assert chat(client.with_options(timeout=60), [user("Why?")]).choices
 
 

@@ -14,8 +14,8 @@ from typing import Any
 from mlx_lm import server
 from transformers import PreTrainedTokenizerBase
 
-# A million tokens of text, or a few images.
-MOST_BYTES = 16 << 20
+# Two million tokens of text, which are split in seconds, or a photograph.
+MOST_BYTES = 8 << 20
 # Of all stop words: mlx-lm keeps what it makes of them for a hundred requests.
 MOST_STOP_CHARACTERS = 4096
 # Until the next bytes of a request come, or those of an answer are taken.
@@ -115,7 +115,7 @@ def request_handler(max_draft_tokens: int | None) -> type[server.APIHandler]:
 
         def _drop(self, length: int) -> None:
             """Read some of what nobody wants, or the client may not see why."""
-            left = min(length, 4 * MOST_BYTES)
+            left = min(length, 8 * MOST_BYTES)
             while left and (some := self.rfile.read1(min(left, 1 << 16))):
                 left -= len(some)
 
