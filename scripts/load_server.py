@@ -14,7 +14,9 @@ In the midst come all requests of `server_abuse.py`, clients that leave, with a 
 tokens asked for, that read a byte a second, and a prompt above the model's context.
 Resident memory of the server is taken twice a second. Ends with 1 if a secret was seen,
 an answer is missing or differs by more than a near tie, a request got what is not right
-for it, or the server ended by itself or printed a traceback. The last line is JSON.
+for it, or the server grew, ended by itself or printed a traceback.
+
+The last line is JSON.
 """
 
 import argparse
@@ -42,7 +44,7 @@ from server_abuse import CHAT, HOST, user
 
 from tova_mlx.models.demo import demo_model_path
 
-LIMIT, MAX_TOKENS = 40, 12
+LIMIT, MAX_TOKENS = 36, 12
 # A prompt of eight is as long as the longest of them, up to a step.
 STEP = ("--prefill-step-size", "64")
 # Tokens that the demo model was trained on at once.
@@ -50,6 +52,9 @@ CONTEXT = 8192
 # Above it two tokens are no near tie: float32 rounds logits of 20 at 2e-6, times what
 # passes through the layers.
 NEAR_TIE = 0.01
+# Bytes that a server may have more than after its first answers: batches, stored
+# prompts and requests at their largest.
+MOST_GROWTH = 500e6
 THINGS = (
     *("a river", "a bird", "a king", "an ocean", "a fruit", "a metal", "a planet"),
     *("a poet", "a tree", "a city", "a fish", "a colour", "a tool", "a mountain"),
@@ -78,9 +83,7 @@ class Question:
 def questions(n: int) -> list[Question]:
     """Short questions, all different."""
     return [
-        Question(
-            f"My code is {secret}. Repeat my code, then name {THINGS[i % 14]}.", secret
-        )
+        Question(f"Write a sentence about {THINGS[i % 14]} called {secret}.", secret)
         for i, secret in enumerate(words(n))
     ]
 
@@ -170,9 +173,14 @@ def ask(port: int, question: Question, stream: bool) -> str | None:
     return "".join(delta.get("content", "") for delta in deltas)
 
 
+def says(text: str, secret: str) -> bool:
+    """Whether a text has a secret, also where a sentence begins with it."""
+    return secret in text.lower()
+
+
 def foreign(texts: list[tuple[str, str]], secrets: set[str]) -> int:
     """How many texts have another's secret; each comes with its own, or none."""
-    return sum(any(s in text for s in secrets - {own}) for own, text in texts)
+    return sum(any(says(text, s) for s in secrets - {own}) for own, text in texts)
 
 
 def storm(
@@ -235,8 +243,10 @@ def storm(
         "unanswered": len(given) - len(answers),
         "answers_checked": len(answers),
         "equal": sum(text == q.alone[-1] for q, text in answers),
+        "different_questions": len(ways),
+        "different_texts": len({text for _, text in answers}),
         "answered_in_two_ways": sum(len(texts) > 1 for texts in ways.values()),
-        "own_secret_said": sum(q.secret in text for q, text in answers),
+        "own_secret_said": sum(says(text, q.secret) for q, text in answers),
         "different": [
             {
                 "asked": q.text,
@@ -269,6 +279,7 @@ def wrong(found: dict[str, Any]) -> list[str]:
         "wrong_statuses": bool(found["wrong_statuses"]),
         "ended_by_itself": found["ended_by_itself"] is not None,
         "exit": found["exit"] != 0,
+        "resident": found["resident_final"] > found["resident_warm"] + MOST_GROWTH,
         "tracebacks": found["tracebacks"] > 0,
     }
     return [name for name, is_wrong in checks.items() if is_wrong]

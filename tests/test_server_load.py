@@ -38,7 +38,6 @@ def test_a_storm_leaves_all_answers_right(stormed):
     assert stormed["answers_checked"] == 20
     assert stormed["equal"] + len(stormed["different"]) == 20
     assert stormed["abuse"].keys() > server_abuse.ABUSES.keys()
-    assert stormed["resident_most"] < stormed["resident_warm"] + 300e6
 
 
 @pytest.mark.parametrize(
@@ -50,6 +49,7 @@ def test_a_storm_leaves_all_answers_right(stormed):
         ("wrong_statuses", {"wrong_statuses": {"a path": ["200"]}}),
         ("ended_by_itself", {"ended_by_itself": 1}),
         ("exit", {"exit": 1}),
+        ("resident", {"resident_warm": 0, "resident_final": 1e9}),
         ("tracebacks", {"tracebacks": 1}),
     ],
 )
@@ -61,7 +61,7 @@ def test_a_secret_of_another_client_is_seen():
     one, other = load_server.words(2)
     texts = [(one, f"It is {one}."), (one, "It is."), ("", "It is.")]
     assert load_server.foreign(texts, {one, other}) == 0
-    texts += [(one, f"It is {other}."), ("", f"{one}{other}")]
+    texts += [(one, f"{other.title()} it is."), ("", f"{one}{other}")]
     assert load_server.foreign(texts, {one, other}) == 2
 
 
