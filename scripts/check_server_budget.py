@@ -23,7 +23,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from common import EXCERPT, finish, provenance
+from common import EXCERPT, finish, provenance, resident
 
 from tova_mlx.models.budget import parse_size
 from tova_mlx.models.demo import demo_model_path
@@ -79,12 +79,6 @@ main()
 """
 # Characters of a turn: some 400 tokens.
 TURN = 1600
-
-
-def resident(pid: int) -> int:
-    """Bytes of a process that are in memory."""
-    command = ["ps", "-o", "rss=", "-p", str(pid)]
-    return 1024 * int(subprocess.run(command, capture_output=True, check=True).stdout)
 
 
 def ask(port: int, messages: list[dict[str, str]]) -> str:

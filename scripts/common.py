@@ -4,6 +4,7 @@ A script that imports this has MLX's matrix products on OpenBLAS, where there is
 """
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,12 @@ def read_losses(model: Any, ids: list[int], caches: list[Any], step: int) -> Any
         own = wanted[start : start + logits.shape[1]]
         found.append(np.array(losses(logits[0], own)))
     return np.concatenate(found).astype(np.float64)
+
+
+def resident(pid: int) -> int:
+    """Bytes of a process that are in memory."""
+    command = ["ps", "-o", "rss=", "-p", str(pid)]
+    return 1024 * int(subprocess.run(command, capture_output=True, check=True).stdout)
 
 
 def finish(report: dict[str, Any], out: Path | None) -> None:

@@ -25,12 +25,12 @@ pytestmark = pytest.mark.real_model
 
 
 @contextmanager
-def serving(*arguments):
+def serving(*arguments, code="from tova_mlx.cli import main; main()"):
     """A server process on a free port, and a client of it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tova_mlx", "serve", "--port", str(port)]
+    command = [sys.executable, "-c", code, "serve", "--port", str(port)]
     process = subprocess.Popen(
         [*command, *arguments], stderr=subprocess.PIPE, text=True
     )
@@ -295,7 +295,7 @@ def test_what_cannot_be_served_ends_with_the_reason(
 
 def refused(arguments, **environment):
     return subprocess.run(
-        [sys.executable, "-m", "tova_mlx", "serve", *arguments],
+        [sys.executable, "-m", "tova_mlx", "serve", "--port", "0", *arguments],
         capture_output=True,
         text=True,
         timeout=120,
@@ -355,7 +355,7 @@ def test_a_budget_that_cannot_be_shared_is_a_usage_error(small_path):
         ("1XB", "is not"),
     ):
         done = subprocess.run(
-            [*command, "--max-kv-size", size, "--port", "1"],
+            [*command, "--max-kv-size", size, "--port", "0"],
             capture_output=True,
             text=True,
             timeout=120,

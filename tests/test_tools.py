@@ -328,6 +328,7 @@ def test_mlx_lm_server(demo_path, monkeypatch):
     monkeypatch.setattr(server, "_run_http_server", ask)
     monkeypatch.setattr(os, "_exit", lambda code: None)
     command = ["serve", "--model", str(demo_path), "--max-kv-size", str(LIMIT)]
+    command += ["--port", "0"]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, (result.stderr, result.exception)
     assert seen["answer"]
@@ -352,7 +353,9 @@ def test_a_server_lets_go_of_a_model_when_another_is_asked_for(
 
     monkeypatch.setattr(server, "_run_http_server", ask)
     monkeypatch.setattr(os, "_exit", lambda code: None)
-    result = CliRunner().invoke(main, ["serve", "--model", str(small_path)])
+    result = CliRunner().invoke(
+        main, ["serve", "--model", str(small_path), "--port", "0"]
+    )
     assert result.exit_code == 0, (result.stderr, result.exception)
     assert seen == {"first": None}
 

@@ -35,3 +35,7 @@ class CacheStateError(TovaError):
 
 class EvaluationError(TovaError, ValueError):
     """An evaluation was given texts, tasks or a directory that it cannot use."""
+
+
+class RequestError(TovaError, ValueError):
+    """A request to the server that cannot be answered."""

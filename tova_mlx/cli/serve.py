@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from ..errors import ModelLoadError, TovaError
+from .address import check_address
 from .models import directory
 from .options import cache_options, check, in_options, model_option, pin_option
 from .tools import replaced, run_tool
@@ -23,6 +24,12 @@ from .tools import replaced, run_tool
     context_settings={"ignore_unknown_options": True},
 )
 @model_option
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen at; the default is for this machine alone.",
+)
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),
@@ -42,6 +49,7 @@ from .tools import replaced, run_tool
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def serve(
     arguments: tuple[str, ...],
+    host: str,
     port: int,
     num_draft_tokens: int,
     pin_system: bool,
@@ -49,7 +57,7 @@ def serve(
 ) -> None:
     """An OpenAI-compatible server in bounded memory
 
-    All other options go to mlx_lm.server: --host, --draft-model, --temp, --max-tokens,
+    All other options go to mlx_lm.server: --draft-model, --temp, --max-tokens,
     --prompt-cache-size, --log-level … ("mlx_lm.server --help" lists them). Ctrl-C
     stops it.
 
@@ -61,17 +69,14 @@ def serve(
             "--archive is of one conversation, and those of a server share what they "
             "begin with. Leave it out: what is evicted is kept in memory."
         )
+    check_address(host, port)
     path = directory(options["model"])
     from mlx_lm import server
 
     from ..caches.options import JOURNAL
-    from ..hooks.server import (
-        Listener,
-        PromptStore,
-        Provider,
-        generator,
-        request_handler,
-    )
+    from ..hooks.generation import generator
+    from ..hooks.handler import Listener, request_handler
+    from ..hooks.server import PromptStore, Provider
     from ..models.conversion import pin_in_new_caches
 
     _make_hub_cache()
@@ -80,17 +85,18 @@ def serve(
     shared = _Shared(arguments, options["max_kv_size"])
     ours = {
         "LRUPromptCache": lambda n: PromptStore(n, max_bytes=shared.stored_bytes),
-        "ModelProvider": Provider,
+        "ModelProvider": partial(Provider, find=directory),
+        "ResponseGenerator": generator(
+            give_up, pin_in_new_caches if pin_system else None
+        ),
         "_run_http_server": partial(
             server._run_http_server,
             server_class=Listener,
             handler_class=request_handler(most_drafts),
         ),
     }
-    if pin_system:
-        ours["ResponseGenerator"] = generator(pin_in_new_caches)
-    told = {"--model": path, "--port": port, "--num-draft-tokens": num_draft_tokens}
-    told |= shared.told
+    told = {"--model": path, "--host": host, "--port": port}
+    told |= {"--num-draft-tokens": num_draft_tokens, **shared.told}
     given = [str(word) for pair in told.items() for word in pair]
     numbers = (signal.SIGINT, signal.SIGTERM)
     handlers = {number: signal.signal(number, _interrupt) for number in numbers}
@@ -109,7 +115,8 @@ def serve(
                 pins=pin_system,
             )
         leave(0)
-    except (OSError, OverflowError, UnicodeError) as error:
+    except OSError as error:
+        # Somebody took the port while the model was loaded.
         click.echo(f"Error: cannot listen: {error}. Try another --port.", err=True)
         leave(1)
     except click.UsageError as error:
@@ -180,7 +187,13 @@ def _make_hub_cache() -> None:
         ) from error
 
 
-def leave(code: int) -> None:
+def give_up(reason: str) -> NoReturn:
+    """End the process: nothing can be generated any more."""
+    click.echo(f"Error: no answer can be generated ({reason}). Start again.", err=True)
+    leave(1)
+
+
+def leave(code: int) -> NoReturn:
     """End the process now.
 
     mlx-lm's thread may still wait for requests, and while Python winds down MLX's own

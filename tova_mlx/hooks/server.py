@@ -1,13 +1,6 @@
-"""What mlx-lm's server uses of ours while `tova-mlx serve` runs.
+"""What mlx-lm's server keeps: conversations, and the models that it loads."""
 
-A store whose caches have seen what the server believes, a check of requests, and a
-listener for many clients at once. Knows nothing of the command line.
-"""
-
-import copy
-import itertools
 from collections.abc import Callable
-from http.server import ThreadingHTTPServer
 from typing import Any
 
 from mlx_lm import server
@@ -15,7 +8,6 @@ from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 
 from ..errors import UnsupportedModelError
 from .layers import leaves, seen
-from .template import beginning_of
 
 
 class PromptStore(LRUPromptCache):
@@ -63,48 +55,6 @@ class PromptStore(LRUPromptCache):
         return cache.rule == options.rule.pinning(self.pinned)
 
 
-def generator(pin: Callable[[Any, int], None]) -> type[server.ResponseGenerator]:
-    """Return mlx-lm's generation of answers, where each conversation pins its own.
-
-    That is all that comes before the text of its first question. pin: lets a model's
-    new caches pin their first tokens.
-    """
-
-    class Generator(server.ResponseGenerator):
-        def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
-            made = super()._tokenize(tokenizer, request, args)
-            n = self._beginning(tokenizer, request, args, made[0])
-            provider = self.model_provider
-            for model in (provider.model, provider.draft_model):
-                if model is not None:
-                    pin(model, n)
-            if isinstance(self.prompt_cache, PromptStore):
-                self.prompt_cache.pinned = n
-            return made
-
-        def _beginning(
-            self, tokenizer: Any, request: Any, args: Any, prompt: list[int]
-        ) -> int:
-            if request.request_type != "chat" or not tokenizer.has_chat_template:
-                return 0
-            told = lambda m: m["role"] == "system"  # noqa: E731
-            system = list(itertools.takewhile(told, request.messages))
-
-            def tokens_for(text: str) -> list[int]:
-                first = copy.copy(request)
-                first.messages = [
-                    *copy.deepcopy(system),
-                    {"role": "user", "content": text},
-                ]
-                return super(Generator, self)._tokenize(tokenizer, first, args)[0]
-
-            begins = beginning_of(tokens_for)
-            # A template may begin otherwise in a longer conversation.
-            return len(begins) if prompt[: len(begins)] == begins else 0
-
-    return Generator
-
-
 def _take_back(cache: Any, n: int) -> bool:
     """Take back the newest n tokens of one layer; whether it could."""
     can_trim = getattr(cache, "can_trim", None)
@@ -127,34 +77,30 @@ def check_draft(model: Any) -> None:
 
 
 class Provider(server.ModelProvider):
-    """Loads its model before it listens: an error then ends the command."""
+    """Loads its model before it listens: an error then ends the command.
 
-    def __init__(self, arguments: Any):
+    find: says where the files of a model are, or raises. mlx-lm lets go of the model
+    that it has before it looks for the one that a request names.
+    """
+
+    def __init__(self, arguments: Any, find: Callable[[str], Any] = str):
         super().__init__(arguments)
+        self._find = find
         self.load_default()
 
-    def _load(self, *paths: Any, **named: Any) -> None:
-        super()._load(*paths, **named)
+    def _load(
+        self,
+        model_path: str,
+        adapter_path: str | None = None,
+        draft_model_path: str | None = None,
+    ) -> None:
+        for path in (model_path, draft_model_path):
+            if path is not None:
+                self._find(path)
+        super()._load(model_path, adapter_path, draft_model_path)
         if self.draft_model is not None:
             try:
                 check_draft(self.model)
             except UnsupportedModelError:
                 self.reset()
                 raise
-
-
-class Listener(ThreadingHTTPServer):
-    """Takes many clients that come at the same moment; Python's own turns some away."""
-
-    request_queue_size = 1024
-
-
-def request_handler(max_draft_tokens: int | None) -> type[server.APIHandler]:
-    """mlx-lm's handler of requests; more drafts than can be taken back are an error."""
-
-    class Handler(server.APIHandler):
-        def validate_model_parameters(self) -> None:
-            super().validate_model_parameters()
-            self._validate("num_draft_tokens", int, max_val=max_draft_tokens)
-
-    return Handler
