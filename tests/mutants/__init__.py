@@ -1,0 +1,45 @@
+"""Mistakes for scripts/mutants.py to make in the core, and the tests that must see them.
+
+One after the other is put into a copy of the package, by text, so that it does not
+matter in which file the text is. The kernels have lists of their own (kernel_bugs.py,
+scan_bugs.py), the state machines too (scripts/machine_bugs.py).
+"""
+
+from .choosing import CHOOSING
+from .holding import HOLDING
+from .keeping import KEEPING
+from .mutant import Mutant
+
+__all__ = ["MUTANTS", "TESTS", "Mutant"]
+
+MUTANTS: list[Mutant] = [*CHOOSING, *HOLDING, *KEEPING]
+
+_PAPERS = "test_cache.py::test_outputs_and_positions_are_those_of_the_papers"
+_CHUNKS = "test_cache.py::test_chunks_of_any_size_give_the_same_logits_and_tokens"
+_MASKS = "test_cache.py::test_the_models_mask_is_obeyed_across_blocks"
+
+# By area, the cheapest first. Not the state machines, which see most of these too.
+TESTS: dict[str, tuple[str, ...]] = {
+    "policies": ("test_policies.py", "test_eviction.py", _PAPERS),
+    "scan": ("test_eviction.py", _PAPERS, _MASKS, _CHUNKS),
+    "step": ("test_eviction.py", _PAPERS, _CHUNKS),
+    "caches": ("test_hooks.py", "test_interrupted.py", _PAPERS, _CHUNKS),
+    "positions": ("test_rotary.py",),
+    "batch": (
+        "test_batch.py::test_what_cannot_be_one_batch_is_refused",
+        "test_batch.py::test_merged_caches_are_left_as_they_are",
+        "test_batch.py::test_padding_on_the_left_is_not_seen",
+        "test_rotary.py::test_rows_that_pin_more_and_less_are_what_they_are_alone",
+        "test_batch.py::test_a_row_is_what_it_would_be_alone",
+    ),
+    "journal": (
+        "test_journal.py::test_trims_follow_each_other",
+        "test_journal.py",
+        "test_interrupted.py",
+    ),
+    "storage": ("test_formats.py", "test_hadamard.py", "test_packed.py"),
+    "archive": ("test_row_log.py", "test_log_directory.py", "test_recall.py"),
+    "saved": ("test_saved.py",),
+    "conversion": ("test_conversion.py", "test_budget.py", "test_hooks.py"),
+    "server": ("test_hooks.py", "test_serving.py"),
+}
