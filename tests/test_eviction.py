@@ -139,6 +139,31 @@ def test_learned_sinks_take_their_share_of_the_denominator():
     assert np.allclose(scores, [0.25, 0.25])
 
 
+def test_each_row_of_a_batch_has_the_sinks_of_its_heads():
+    logits = np.tile(block([[0.5, 0.5]], n_held=1), (3, 2, 1, 1))
+    for granularity in ("layer", "head"):
+        rule = resolve_options("h2o", 4, {"granularity": granularity})
+        n_choices = 3 if granularity == "layer" else 6
+        columns = Columns(
+            mx.broadcast_to(mx.arange(2), (n_choices, 2)), mx.zeros((n_choices, 2))
+        )
+        # The first head's sink halves its weights, the second's takes all of them.
+        sinks = mx.array([0.0, 50.0])
+        got = scan_block(mx.array(logits), columns, rule, limit=4, sinks=sinks).scores
+        want = [0.125] if granularity == "layer" else [0.25, 0.0]
+        assert np.allclose(got, np.tile(want, 3)[:, None])
+
+
+def test_a_head_that_is_not_a_number_takes_its_row_with_it():
+    # In a block as in a step: the others alone would say something else.
+    logits = np.tile(block([[0.2, 0.3, 0.5]], n_held=2), (1, 2, 1, 1))
+    logits[0, 0] = np.nan
+    rule = resolve_options("h2o", 8, {"granularity": "layer"})
+    assert run_scan(logits, rule, 8)[1].tolist() == [0, 0, 0]
+    weights = mx.softmax(mx.array(logits), axis=-1).reshape(1, 1, 2, 3)
+    assert update_scores(weights, None, None, rule).tolist() == [[[0, 0, 0]]]
+
+
 def test_scores_before_the_last_rows_are_there_for_the_journal():
     logits = block([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]], n_held=1)
     rule = resolve_options("h2o", 8, {"granularity": "layer"})

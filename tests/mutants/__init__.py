@@ -39,7 +39,14 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "storage": ("test_formats.py", "test_hadamard.py", "test_packed.py"),
     "archive": ("test_row_log.py", "test_log_directory.py", "test_recall.py"),
-    "saved": ("test_saved.py",),
+    "saved": (
+        "test_rotary.py::test_pins_are_saved",
+        "test_rotary.py::test_a_file_goes_on_as_the_cache_would",
+        "test_rotary.py::test_rotary_positions_of_a_file_are_checked",
+        "test_recall.py::test_a_saved_cache_goes_on_as_if_it_had_not_been",
+        "test_recall.py::test_what_no_reading_could_have_left_is_refused",
+        "test_saved.py",
+    ),
     "conversion": ("test_conversion.py", "test_budget.py", "test_hooks.py"),
     "server": ("test_hooks.py", "test_serving.py"),
 }

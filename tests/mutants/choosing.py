@@ -375,7 +375,7 @@ _STEP = [
         "slots that hold nothing may be evicted",
         "candidates = free if held is None else free & held",
         "candidates = free",
-        ("test_batch.py", "test_own_policy.py"),
+        ("test_own_policy.py::test_rows_of_a_batch_are_what_they_are_alone",),
     ),
     (
         "a step chooses before it is full",

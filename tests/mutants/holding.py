@@ -388,6 +388,7 @@ _BATCH = [
     ),
 ]
 
+_BACK = "test_rotary.py::test_tokens_taken_back_take_back_what_they_renumbered"
 _JOURNAL = [
     (
         "scores of a step that was taken back are kept",
@@ -398,7 +399,7 @@ _JOURNAL = [
         "renumberings that were taken back are kept",
         "renumbered=tuple(r for r in self.renumbered if r.step < step)",
         "renumbered=self.renumbered",
-        ("test_rotary.py",),
+        (_BACK,),
     ),
     (
         "the token that was evicted first is not brought back",
@@ -419,7 +420,7 @@ _JOURNAL = [
         "the last renumbering is taken back and not the first",
         "return next((r for r in self.renumbered if r.step >= step), None)",
         "return next((r for r in self.renumbered[::-1] if r.step >= step), None)",
-        ("test_rotary.py",),
+        (_BACK,),
     ),
     (
         "evicted tokens are logged a step late",
@@ -495,13 +496,13 @@ _JOURNAL = [
         "nobody observes who went back to nothing",
         "            new.observer = self.observer\n",
         "",
-        ("test_hooks.py",),
+        ("test_hooks.py::test_who_went_back_to_nothing_is_still_observed_and_a_copy_is_not",),
     ),
     (
         "a cache that went back to nothing is not renumbered",
         "                self.storage,\n                self.renumbering,\n",
         "                self.storage,\n                None,\n",
-        ("test_rotary.py",),
+        (_BACK,),
     ),
     (
         "a chunk that was cut once can be taken back",
@@ -542,13 +543,13 @@ _JOURNAL = [
         "rotary positions are not taken back",
         "rotary[place] = np.where(known, old[place][found], rotary[place])",
         "rotary[place] = np.where(known, rotary[place], rotary[place])",
-        ("test_rotary.py",),
+        (_BACK,),
     ),
     (
         "a renumbering that is not known is taken back",
         "return first > self.offset or (known is not None and known.step == first - 1)",
         "return True",
-        ("test_rotary.py",),
+        (_BACK,),
     ),
     (
         "a policy with memory can be trimmed by any number",

@@ -298,7 +298,7 @@ _SAVED = [
         "rows that were lost are not saved",
         '"lost": archive.lost if isinstance(archive, Archive) else None,',
         '"lost": 0 if isinstance(archive, Archive) else None,',
-        ("test_recall.py",),
+        ("test_recall.py::test_a_limit_on_disk_is_kept_and_the_oldest_go",),
     ),
     (
         "where the newest token lies is not loaded",
@@ -374,7 +374,7 @@ _SAVED = [
         "an archive on disk is not saved",
         "here = [_in_memory(c) for c in cache]",
         "here = list(cache)",
-        ("test_recall.py",),
+        ("test_recall.py::test_what_is_on_disk_is_saved_and_goes_on_where_it_is_loaded",),
     ),
     (
         "a save that fails leaves half a file",
