@@ -6,8 +6,8 @@
 
 Puts the mutants of tests/mutants, one after the other, into a copy of the package and
 runs the tests of their area on it until one fails. First all of these tests must pass on
-a copy without a mistake. `--out` takes the results of the areas that were
-run, and leaves those of others there. The last line is JSON.
+a copy without a mistake. `--out` takes the results of what was run, and keeps those of
+other mutants that are there. The last line is JSON.
 """
 
 import argparse
@@ -87,6 +87,7 @@ def _be_pytest(place: Path, output: Path, tests: Sequence[str]) -> NoReturn:
                 *("-x", "-rfE", "--tb=line", "--color=no", "--assert=plain"),
                 *("-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)),
                 *("-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:anyio"),
+                "--hypothesis-seed=0",
                 *("-m", "not real_model and not every_model"),
                 *(str(TESTS_AT / test) for test in tests),
             ]
@@ -149,7 +150,7 @@ def try_mutant(mutant: Mutant, place: Path, limit: float) -> dict[str, Any]:
     begun = time.monotonic()
     with with_mistake(mutant, place) as where:
         outcome, who = run(place, tests_of([mutant]), limit)
-    row: dict[str, Any] = {"mutant": mutant.name, "file": where}
+    row: dict[str, Any] = {"mutant": mutant.name, "area": mutant.area, "file": where}
     row["outcome"] = {"passed": "survived", "failed": "killed"}.get(outcome, outcome)
     row["seconds"] = round(time.monotonic() - begun, 1)
     if who:
@@ -159,21 +160,41 @@ def try_mutant(mutant: Mutant, place: Path, limit: float) -> dict[str, Any]:
     return row
 
 
-def run_area(mutants: Sequence[Mutant], place: Path, limit: float) -> dict[str, Any]:
-    """What became of an area's mutants; told as it comes."""
-    rows = []
-    for mutant in mutants:
-        rows.append(try_mutant(mutant, place, limit))
-        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    counts = Counter(row["outcome"] for row in rows)
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What rows say together."""
     files = Counter(row["by"].partition("::")[0] for row in rows if "by" in row)
     return {
         "mutants": len(rows),
-        **counts,
+        **Counter(row["outcome"] for row in rows),
         "killed_by": dict(files.most_common()),
         "seconds": round(sum(row["seconds"] for row in rows), 1),
-        "rows": rows,
     }
+
+
+def report(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """All rows, by mutant, in the order of the list, and what they say by area."""
+    ordered = [rows[m.name] for m in MUTANTS if m.name in rows]
+    parts = {a: [r for r in ordered if r["area"] == a] for a in TESTS}
+    return {
+        **{k: v for k, v in summary(ordered).items() if k != "killed_by"},
+        "not_run": len(MUTANTS) - len(ordered),
+        "areas": {area: summary(part) for area, part in parts.items() if part},
+        "survivors": [
+            {k: row[k] for k in ("mutant", "area", "outcome", "stays") if k in row}
+            for row in ordered
+            if row["outcome"] != "killed"
+        ],
+        "rows": ordered,
+    }
+
+
+def written(rows: dict[str, Any], out: Path | None, **more: Any) -> dict[str, Any]:
+    """Write a report to a file, if there is one, and return it."""
+    made = more | report(rows)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    return made
 
 
 def main() -> int:
@@ -181,11 +202,9 @@ def main() -> int:
     parser.add_argument("--area", action="append", choices=list(TESTS))
     parser.add_argument("--only", action="append", metavar="NAME")
     parser.add_argument("--limit", type=float, default=300, help="seconds a mutant")
-    parser.add_argument("--out", type=Path, help="not with --only")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--unchecked", action="store_true", help="what is right is so")
     args = parser.parse_args()
-    if args.only and args.out:
-        parser.error("--out takes whole areas. Leave --only out.")
     if unknown := set(args.only or ()) - {m.name for m in MUTANTS}:
         parser.error(f"no mutant is called {', '.join(sorted(unknown))}")
     wanted = [
@@ -194,43 +213,26 @@ def main() -> int:
         for m in MUTANTS
         if m.area == area and (args.only is None or m.name in args.only)
     ]
-    areas = {}
+    rows: dict[str, dict[str, Any]] = {}
+    if args.out and args.out.exists():
+        before = json.loads(args.out.read_text(encoding="utf-8"))["rows"]
+        rows = {row["mutant"]: row for row in before}
     with tempfile.TemporaryDirectory(prefix="tova_mlx-mutants-") as name:
         place = Path(name)
         shutil.copytree(ROOT / "tova_mlx", place / "tova_mlx")
         if not args.unchecked:
             seconds = check_right(wanted, place, 20 * args.limit)
             print(f"what is right passed in {seconds:.0f} s", file=sys.stderr)
-        for area in dict.fromkeys(m.area for m in wanted):
-            own = [m for m in wanted if m.area == area]
-            areas[area] = run_area(own, place, args.limit)
+        for mutant in wanted:
+            row = rows[mutant.name] = try_mutant(mutant, place, args.limit)
+            print(json.dumps(row), file=sys.stderr, flush=True)
+            written(rows, args.out)
     # It imports the package.
     from common import provenance
 
-    for area in areas:
-        areas[area] |= provenance()
-    total: Counter[str] = Counter()
-    if args.out:
-        if args.out.exists():
-            areas = json.loads(args.out.read_text(encoding="utf-8"))["areas"] | areas
-            areas = {area: areas[area] for area in TESTS if area in areas}
-        total.update({"mutants": sum(a["mutants"] for a in areas.values())})
-        total.update(r["outcome"] for a in areas.values() for r in a["rows"])
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**total, "areas": areas}, indent=1)
-        args.out.write_text(text + "\n", encoding="utf-8")
-    brief = [
-        {"area": area, **{k: v for k, v in found.items() if k != "rows"}}
-        for area, found in areas.items()
-    ]
-    survivors = [
-        row["mutant"]
-        for found in areas.values()
-        for row in found["rows"]
-        if row["outcome"] != "killed" and "stays" not in row
-    ]
-    print(json.dumps({**total, "areas": brief, "survivors": survivors}))
-    return 1 if survivors else 0
+    made = written(rows, args.out, **provenance())
+    print(json.dumps({k: v for k, v in made.items() if k != "rows"}))
+    return 1 if any("stays" not in row for row in made["survivors"]) else 0
 
 
 if __name__ == "__main__":

@@ -131,6 +131,13 @@ def test_cutting_once_drops_the_oldest_of_many_ties():
     assert last == [0] * 40 + [1] * 20
 
 
+def test_cutting_once_spares_the_protected_and_nobody_else():
+    # The first and the newest are; of the others 4, 2 and 3 were attended to least.
+    logits = block([[0.1, 0.3, 0.2, 0.2, 0.05, 0.15]], n_held=5)
+    rule = resolve_options("tova", 3, {"n_sinks": 1, "n_recent": 1})
+    assert run_scan(logits, rule, 3, once=True)[0] == [1, 1, 0, 0, 0, 1]
+
+
 def test_learned_sinks_take_their_share_of_the_denominator():
     # With a sink as large as the two weights together, each share is halved.
     logits = block([[0.5, 0.5]], n_held=1)
@@ -166,7 +173,8 @@ def test_a_head_that_is_not_a_number_takes_its_row_with_it():
 
 def test_scores_before_the_last_rows_are_there_for_the_journal():
     logits = block([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]], n_held=1)
-    rule = resolve_options("h2o", 8, {"granularity": "layer"})
+    # As they were, not as the next step fades them.
+    rule = resolve_options("tova", 8, {"memory": 0.5})
     columns = Columns(mx.arange(3)[None], mx.zeros((1, 3)))
     before = scan_block(mx.array(logits), columns, rule, limit=8, n_before=2).before
     assert np.allclose(np.array(before), [[[0, 0, 0], [0.5, 0.5, 0]]])

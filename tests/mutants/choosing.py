@@ -240,7 +240,7 @@ _SCAN = [
         "scores of an observer are of another column",
         "worth[self._each, victims] = scores[self._each, victims]",
         "worth[self._each, victims] = scores[:, 0]",
-        ("test_inspect.py", "test_own_policy.py"),
+        ("test_inspect.py::test_scores_are_those_that_the_rule_gives",),
     ),
     (
         "a cut protects a recent token too many",
