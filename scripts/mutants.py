@@ -5,9 +5,9 @@
     python scripts/mutants.py --only "a block evicts a step late"
 
 Puts the mutants of tests/mutants, one after the other, into a copy of the package and
-runs the tests of their area on it until one fails. First all of these tests must pass on
-a copy without a mistake. `--out` takes the results of what was run, and keeps those of
-other mutants that are there. The last line is JSON.
+runs the tests of their area on it until one fails. First all of these tests must pass
+on a copy without a mistake. `--out` takes the results of what was run, and keeps those
+of other mutants that are there. The last line is JSON.
 """
 
 import argparse
@@ -111,12 +111,18 @@ def run(place: Path, tests: Sequence[str], limit: float) -> tuple[str, str]:
     if not (child := os.fork()):
         _be_pytest(place, output, tests)
     end = time.monotonic() + limit
-    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
-        if time.monotonic() > end:
+    ended = (0, 0)
+    try:
+        while ended[0] == 0 and time.monotonic() < end:
+            time.sleep(0.05)
+            ended = os.waitpid(child, os.WNOHANG)
+    finally:
+        # Late, or this process was interrupted.
+        if ended[0] == 0:
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            return "late", ""
-        time.sleep(0.05)
+    if ended[0] == 0:
+        return "late", ""
     code = os.waitstatus_to_exitcode(ended[1])
     if code == 0:
         return "passed", ""

@@ -31,7 +31,9 @@ def test_every_area_has_mistakes_of_its_own_names():
 
 
 def test_the_tests_that_are_to_see_them_are_there():
-    wanted = {t for m in MUTANTS for t in m.tests} | {t for ts in TESTS.values() for t in ts}
+    wanted = {t for m in MUTANTS for t in m.tests} | {
+        t for ts in TESTS.values() for t in ts
+    }
     for test in wanted:
         file, _, name = test.partition("::")
         text = (Path(__file__).parent / file).read_text(encoding="utf-8")

@@ -4,7 +4,6 @@ from tova_mlx import POLICIES
 from tova_mlx.errors import OptionError
 from tova_mlx.policies import resolve_options
 
-
 # Of 65 tokens: per layer or head, memory, value-weighted, sinks, recent.
 DEFAULTS = {
     "full": ("layer", 0, False, 0, 0),

@@ -1,4 +1,4 @@
-"""Mistakes for scripts/mutants.py to make in the core, and the tests that must see them.
+"""Mistakes that scripts/mutants.py makes in the core, and the tests that must see them.
 
 One after the other is put into a copy of the package, by text, so that it does not
 matter in which file the text is. The kernels have lists of their own (kernel_bugs.py,

@@ -3,7 +3,11 @@
 from .mutant import Mutant
 
 _POLICIES = [
-    ("full obeys a limit", "            size = None\n", "            size = max_size\n"),
+    (
+        "full obeys a limit",
+        "            size = None\n",
+        "            size = max_size\n",
+    ),
     ("window can be told of sinks", "    options=(),\n", ""),
     (
         "window protects the first token",
@@ -146,7 +150,9 @@ _POLICIES = [
         "recall takes no slots from the rule",
         "        max_size -= recall\n",
         "        max_size -= 0\n",
-        ("test_recall.py::test_bytes_stay_below_what_is_said_and_the_archive_is_counted_apart",),
+        (
+            "test_recall.py::test_bytes_stay_below_what_is_said_and_the_archive_is_counted_apart",
+        ),
     ),
 ]
 
@@ -398,9 +404,9 @@ _STEP = [
         "return output, weights[..., : weights.shape[-1] - n_learned]",
     ),
     (
-        "a mask hides nothing from a step",
-        "return _masked(logits.reshape(*queries.shape[:3], keys.shape[2]), args.array_mask)",
-        "return logits.reshape(*queries.shape[:3], keys.shape[2])",
+        "a mask of bools hides nothing",
+        "return mx.where(mask, logits, mx.array(-mx.inf, logits.dtype))",
+        "return logits",
     ),
     (
         "additive masks are scaled",

@@ -1,4 +1,4 @@
-"""Mistakes in what is stored, saved and made: formats, archives, files, models, hooks."""
+"""Mistakes in what is stored, saved and made, and in what is put into mlx-lm."""
 
 from .mutant import Mutant
 
@@ -138,8 +138,8 @@ _ARCHIVE = [
     ),
     (
         "a cut below the first row leaves it",
-        "self.first, self._blocks, self._buffered = min(self.first, count), blocks, rest",
-        "self._blocks, self._buffered = blocks, rest",
+        "self._buffered = min(self.first, count), blocks, rest",
+        "self._buffered = self.first, blocks, rest",
     ),
     (
         "rows that are appended over a block's end go lost",
@@ -374,7 +374,9 @@ _SAVED = [
         "an archive on disk is not saved",
         "here = [_in_memory(c) for c in cache]",
         "here = list(cache)",
-        ("test_recall.py::test_what_is_on_disk_is_saved_and_goes_on_where_it_is_loaded",),
+        (
+            "test_recall.py::test_what_is_on_disk_is_saved_and_goes_on_where_it_is_loaded",
+        ),
     ),
     (
         "a save that fails leaves half a file",
@@ -428,16 +430,18 @@ _CONVERSION = [
     ),
     (
         "what a model bounds itself is bounded too",
-        "        if type(cache) is not mlx_lm_cache.KVCache:\n            return cache\n",
-        "",
+        "if type(cache) is not mlx_lm_cache.KVCache:\n            return cache",
+        "pass",
         ("test_batch.py::test_models_of_all_kinds_batch",),
     ),
     (
         "caches in a list are not bounded",
         "return mlx_lm_cache.CacheList(*map(bounded, cache.caches))",
         "return cache",
-        ("test_journal.py::"
-         "test_caches_in_a_list_are_taken_back_together_or_not_at_all",),
+        (
+            "test_journal.py::"
+            "test_caches_in_a_list_are_taken_back_together_or_not_at_all",
+        ),
     ),
     (
         "formats that were fitted are not used",
