@@ -1,13 +1,14 @@
 """Mistakes made in the core on purpose: which tests see each of them.
 
     python scripts/mutants.py --out results/trust/mutants.json
-    python scripts/mutants.py --area scan --out results/trust/mutants.json
+    python scripts/mutants.py --again --area scan --out results/trust/mutants.json
     python scripts/mutants.py --only "a block evicts a step late"
 
 Puts the mutants of tests/mutants, one after the other, into a copy of the package and
 runs the tests of their area on it until one fails. First all of these tests must pass
 on a copy without a mistake. `--out` takes the results of what was run, and keeps those
-of other mutants that are there. The last line is JSON.
+of other mutants that are there; `--again` leaves out whom a test has seen already. The
+last line is JSON.
 """
 
 import argparse
@@ -209,20 +210,26 @@ def main() -> int:
     parser.add_argument("--only", action="append", metavar="NAME")
     parser.add_argument("--limit", type=float, default=300, help="seconds a mutant")
     parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--again", action="store_true", help="not those that were killed"
+    )
     parser.add_argument("--unchecked", action="store_true", help="what is right is so")
     args = parser.parse_args()
     if unknown := set(args.only or ()) - {m.name for m in MUTANTS}:
         parser.error(f"no mutant is called {', '.join(sorted(unknown))}")
-    wanted = [
-        m
-        for area in args.area or TESTS
-        for m in MUTANTS
-        if m.area == area and (args.only is None or m.name in args.only)
-    ]
     rows: dict[str, dict[str, Any]] = {}
     if args.out and args.out.exists():
         before = json.loads(args.out.read_text(encoding="utf-8"))["rows"]
         rows = {row["mutant"]: row for row in before}
+    done = [n for n, row in rows.items() if args.again and row["outcome"] == "killed"]
+    wanted = [
+        m
+        for area in args.area or TESTS
+        for m in MUTANTS
+        if m.area == area
+        and (args.only is None or m.name in args.only)
+        and m.name not in done
+    ]
     with tempfile.TemporaryDirectory(prefix="tova_mlx-mutants-") as name:
         place = Path(name)
         shutil.copytree(ROOT / "tova_mlx", place / "tova_mlx")

@@ -50,8 +50,11 @@ def random_layer(seed, n_heads, n_kv_heads, length, dim=8):
 
 @pytest.mark.parametrize(("policy", "options"), CASES + EXTRA)
 @pytest.mark.parametrize("heads", [(6, 2), (4, 4), (5, 1)])
-@pytest.mark.parametrize("chunk", [1, 5, 40])
-def test_outputs_and_positions_are_those_of_the_papers(policy, options, heads, chunk):
+@pytest.mark.parametrize(("chunk", "block"), [(1, 256), (5, 256), (40, 256), (40, 7)])
+def test_outputs_and_positions_are_those_of_the_papers(
+    policy, options, heads, chunk, block, monkeypatch
+):
+    monkeypatch.setattr("tova_mlx.attention.block.BLOCK", block)
     arrays = random_layer(len(policy), *heads, length=40)
     cache = PolicyKVCache(11, policy, **options)
     outputs = []

@@ -294,9 +294,9 @@ _SCAN = [
         "_take(columns, kept), steps.scores[..., :n_kept]",
     ),
     (
-        "scores of the past are of a step later",
+        "scores of the past are of who was held a step before",
         "self._seen(self.last, step - 1, step)",
-        "self._seen(self.last, step, step)",
+        "self._seen(self.last, step - 1, step - 1)",
         ("test_journal.py",),
     ),
     (
