@@ -15,6 +15,7 @@ from tova_mlx import POLICIES, PolicyKVCache, TOVACache, make_prompt_cache
 from tova_mlx.attention.sharing import shared_with
 from tova_mlx.errors import CacheStateError, OptionError, UnsupportedModelError
 from tova_mlx.hooks import dispatcher as attention
+from tova_mlx.storage.fields import norms_of
 
 READING = [p for p in POLICIES if POLICIES[p].reads_attention]
 CASES = [(p, {}) for p in POLICIES if p not in READING] + [
@@ -149,6 +150,13 @@ def test_half_precision_runs_and_keeps_its_type(policy, dtype):
     assert logits.dtype == dtype
     assert caches[0].keys.dtype == dtype
     assert not mx.isnan(logits).any().item()
+
+
+def test_norms_of_values_in_half_precision_do_not_overflow():
+    # Their squares do: 64 times 40,000.
+    norms = norms_of(mx.full((1, 1, 1, 64), 200.0, mx.float16))
+    assert norms.dtype == mx.float32
+    assert norms.item() == 1600
 
 
 @pytest.mark.parametrize("kind", ["bool", "additive"])
