@@ -96,6 +96,18 @@ def test_any_number_can_be_taken_back_before_the_first_eviction(model, policy):
     assert_same(model, caches, fresh, tokens[:, 20:29])
 
 
+@pytest.mark.parametrize("policy", ["h2o", "vatp", "fade"])
+def test_what_a_policy_remembers_is_taken_back_before_the_first_eviction(model, policy):
+    tokens = tiny.tokens(30)
+    caches = read(model, tokens[:, :20], 20, policy, limit=24)
+    # As far as the journal goes: the scores before that are lost.
+    assert not any(c.is_trimmable() or c.can_trim(17) for c in caches)
+    assert mlx_lm_cache.trim_prompt_cache(caches, 17) == 0
+    assert mlx_lm_cache.trim_prompt_cache(caches, 16) == 16
+    fresh = read(model, tokens[:, :4], 4, policy, limit=24)
+    assert_same(model, caches, fresh, tokens[:, 20:29])
+
+
 @pytest.mark.parametrize("policy", ["window", "streaming", "h2o", "tova", "fade"])
 def test_what_the_journal_does_not_hold_is_refused(model, policy):
     tokens = tiny.tokens(40)

@@ -33,9 +33,17 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_batch.py::test_a_row_is_what_it_would_be_alone",
     ),
     "journal": (
+        "test_journal.py::"
+        "test_what_a_policy_remembers_is_taken_back_before_the_first_eviction",
+        "test_journal.py::test_what_the_journal_does_not_hold_is_refused",
+        "test_journal.py::test_a_chunk_cut_once_cannot_be_taken_back",
+        "test_journal.py::test_caches_in_a_list_are_taken_back_together_or_not_at_all",
+        "test_journal.py::test_drafts_are_accepted_in_a_cache_that_has_evicted",
+        "test_journal.py::test_speculative_decoding_past_the_journal_is_refused_aloud",
         "test_journal.py::test_trims_follow_each_other",
-        "test_journal.py",
+        "test_journal.py::test_trim_crosses_the_first_eviction",
         "test_interrupted.py",
+        "test_journal.py::test_trim_is_as_if_the_tokens_had_not_been",
     ),
     "storage": ("test_formats.py", "test_hadamard.py", "test_packed.py"),
     "archive": ("test_row_log.py", "test_log_directory.py", "test_recall.py"),
