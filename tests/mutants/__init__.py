@@ -46,7 +46,15 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_journal.py::test_trim_is_as_if_the_tokens_had_not_been",
     ),
     "storage": ("test_formats.py", "test_hadamard.py", "test_packed.py"),
-    "archive": ("test_row_log.py", "test_log_directory.py", "test_recall.py"),
+    "archive": (
+        "test_row_log.py",
+        "test_log_directory.py",
+        "test_recall.py::test_rows_on_disk_are_taken_back_too",
+        "test_recall.py::test_of_copies_on_one_disk_one_goes_on",
+        "test_recall.py::test_a_limit_on_disk_is_kept_and_the_oldest_go",
+        "test_recall.py::test_an_archive_on_disk_gives_what_one_in_memory_gives",
+        "test_recall.py::test_bytes_stay_below_what_is_said_and_the_archive_is_counted_apart",
+    ),
     "saved": (
         "test_rotary.py::test_pins_are_saved",
         "test_rotary.py::test_a_file_goes_on_as_the_cache_would",

@@ -110,6 +110,12 @@ _STORAGE = [
     ),
 ]
 
+_BACK = ("test_recall.py::test_taking_tokens_back_takes_back_what_was_recalled",)
+_READ = (
+    "test_recall.py::test_an_archive_is_read_in_tiles_as_in_one",
+    "test_recall.py::test_it_is_token_by_token_whatever_the_chunks",
+)
+
 _ARCHIVE = [
     (
         "a block that is torn is read",
@@ -160,76 +166,91 @@ _ARCHIVE = [
         "archived rows that were taken back stay",
         "there = _put(self.there, rows.positions, False)",
         "there = _put(self.there, rows.positions, True)",
+        _BACK,
     ),
     (
         "positions where no row is are read",
         "return mx.where(gather(there, columns), columns, -1)",
         "return columns",
+        _READ,
     ),
     (
         "a row in its slot is archived too",
         "n = offset - 1 - self.first - self.archive.count",
         "n = offset - self.first - self.archive.count",
+        _BACK,
     ),
     (
         "what went to the archive last is not taken back",
         "undone = [f for f in self.flushes if f.offset > to]",
         "undone = [f for f in self.flushes if f.offset > to + 1]",
+        _BACK,
     ),
     (
         "rows come back from the archive in the wrong order",
         "for flush in reversed(undone):",
         "for flush in undone:",
+        _BACK,
     ),
     (
         "flushes that somebody can go back to are dropped",
         "flushes = tuple(f for f in self.flushes if f.offset > offset - self.journal)",
         "flushes = ()",
+        _BACK,
     ),
     (
         "what came back weighs as if there was no more",
         "share = mx.exp(self.lse - mx.logaddexp(self.total, lse))",
         "share = mx.exp(self.lse - mx.logaddexp(self.lse, lse))",
+        _READ,
     ),
     (
         "the slots keep their whole weight",
         "return (output * (1 - share) + self.output * share).astype(output.dtype)",
         "return (output + self.output * share).astype(output.dtype)",
+        _READ,
     ),
     (
         "the blocks that are least attended to come back",
         "mx.argpartition(-best, n // RECALL_BLOCK - 1)",
         "mx.argpartition(best, n // RECALL_BLOCK - 1)",
+        _READ,
     ),
     (
         "a head of a group chooses for all",
         "return _Seen(blocks.max(axis=2), top, total, weights)",
         "return _Seen(blocks[:, :, 0], top, total, weights)",
+        _READ,
     ),
     (
         "positions without a row attract",
         "logits = mx.where(there[:, :, None], logits, -mx.inf)",
         "logits = mx.where(there[:, :, None], logits, 0.0)",
+        _READ,
     ),
     (
         "tiles are added up as if all had one maximum",
         "scale = mx.exp(mx.where(one.top == -mx.inf, -mx.inf, one.top - top))",
         "scale = mx.where(one.top == -mx.inf, 0.0, 1.0)",
+        _READ,
     ),
     (
         "all tiles have the blocks of the first",
         "read = chosen[:, :, None, :, start : start + size, None]",
         "read = chosen[:, :, None, :, :size, None]",
+        _READ,
     ),
     (
         "queries of a chunk read what the first ones do",
         "return Recalled(*(a[:, :, start:stop] for a in self))",
         "return Recalled(*(a[:, :, : stop - start] for a in self))",
+        _READ,
     ),
     (
         "queries are compared with the archive unscaled",
         "recalled, columns = recall(queries * args.scale, archive, known.slots)",
         "recalled, columns = recall(queries, archive, known.slots)",
+        _READ,
     ),
     (
         "rows that were cut off a log are still in their places",
@@ -250,6 +271,7 @@ _ARCHIVE = [
         "rows that wait for a disk are not taken back",
         "given = self.given[:-1] if self.given else ()",
         "given = self.given",
+        _BACK,
     ),
     (
         "the archive is not told apart from the slots in bytes",
