@@ -479,9 +479,9 @@ _JOURNAL = [
         "at_hand = len(self.journal.evicted_since(to))",
     ),
     (
-        "tokens of the first step that is taken back stay",
+        "what is taken back is held before all others",
         "return mx.argsort(mx.where(positions < to, positions, _LAST), axis=-1)",
-        "return mx.argsort(mx.where(positions <= to, positions, _LAST), axis=-1)",
+        "return mx.argsort(mx.where(positions < to, positions, -1), axis=-1)",
     ),
     (
         "the slot of the last victim does not come back",
