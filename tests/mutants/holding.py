@@ -508,11 +508,6 @@ _JOURNAL = [
         (_BACK,),
     ),
     (
-        "a chunk that was cut once can be taken back",
-        "if once and slots.evicted:\n        slots.journal = slots.journal.empty()",
-        "pass",
-    ),
-    (
         "what a cut evicted is logged as if step by step",
         "n = 0 if once else min(self.journal.length, n)",
         "n = min(self.journal.length, n)",
