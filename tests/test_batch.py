@@ -324,3 +324,44 @@ def test_merged_caches_are_left_as_they_are(model):
     assert [c.offset for c in caches] == [20] * 3
     assert all(map(np.array_equal, before, [c.positions for c in caches]))
     assert mlx_lm_cache.can_trim_prompt_cache(batch) is False
+
+
+def test_a_row_that_was_taken_out_goes_its_own_way(model):
+    options = {"policy": "fade"}
+    batch = Batch(model, [Row(model, n, n, options) for n in (30, 12)], options, 16)
+    # Out of rows by themselves, then out of a stack.
+    for _ in range(2):
+        taken = [cache.extract(0) for cache in batch.caches]
+        tiny.feed(model, tiny.tokens(6, seed=5), taken, [5, 1])
+        batch.step()
+    batch.leave(1)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_may_leave_while_padded_prompts_are_read(model, side):
+    options, lengths = {"policy": "fade"}, [3, 12, 20, 7]
+    rows = [Row(model, n, n, options) for n in lengths]
+    single = [make_prompt_cache(model, LIMIT, **options) for _ in rows]
+    caches = [layer[0].merge(layer) for layer in zip(*single, strict=True)]
+    padding = [max(lengths) - n for n in lengths]
+    how = {"lengths": lengths, "right_padding": padding}
+    if side == "left":
+        how = {"left_padding": padding}
+    for cache in caches:
+        cache.prepare(**how)
+    padded = []
+    for row, n in zip(rows, padding, strict=True):
+        tokens = row.take(row.length)
+        padded.append([0] * n + tokens if side == "left" else tokens + [0] * n)
+    padded, kept = mx.array(padded), [3, 1]
+    first = np.array(tiny.feed(model, padded[:, :8], caches, 8))
+    for cache in caches:
+        cache.filter(kept)
+    second = np.array(tiny.feed(model, padded[mx.array(kept), 8:], caches, 5))
+    for cache in caches:
+        cache.finalize()
+        assert cache.seen.tolist() == [7, 12]
+    for i, got in zip(kept, second, strict=True):
+        start, n = padding[i] if side == "left" else 0, lengths[i]
+        got = np.concatenate([first[i], got])[start : start + n]
+        np.testing.assert_allclose(got, rows[i].want[:n], atol=CLOSE)

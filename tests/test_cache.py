@@ -15,6 +15,7 @@ from tova_mlx import POLICIES, PolicyKVCache, TOVACache, make_prompt_cache
 from tova_mlx.attention.sharing import shared_with
 from tova_mlx.errors import CacheStateError, OptionError, UnsupportedModelError
 from tova_mlx.hooks import dispatcher as attention
+from tova_mlx.storage.fields import norms_of
 
 READING = [p for p in POLICIES if POLICIES[p].reads_attention]
 CASES = [(p, {}) for p in POLICIES if p not in READING] + [
@@ -50,8 +51,11 @@ def random_layer(seed, n_heads, n_kv_heads, length, dim=8):
 
 @pytest.mark.parametrize(("policy", "options"), CASES + EXTRA)
 @pytest.mark.parametrize("heads", [(6, 2), (4, 4), (5, 1)])
-@pytest.mark.parametrize("chunk", [1, 5, 40])
-def test_outputs_and_positions_are_those_of_the_papers(policy, options, heads, chunk):
+@pytest.mark.parametrize(("chunk", "block"), [(1, 256), (5, 256), (40, 256), (40, 7)])
+def test_outputs_and_positions_are_those_of_the_papers(
+    policy, options, heads, chunk, block, monkeypatch
+):
+    monkeypatch.setattr("tova_mlx.attention.block.BLOCK", block)
     arrays = random_layer(len(policy), *heads, length=40)
     cache = PolicyKVCache(11, policy, **options)
     outputs = []
@@ -146,6 +150,13 @@ def test_half_precision_runs_and_keeps_its_type(policy, dtype):
     assert logits.dtype == dtype
     assert caches[0].keys.dtype == dtype
     assert not mx.isnan(logits).any().item()
+
+
+def test_norms_of_values_in_half_precision_do_not_overflow():
+    # Their squares do: 64 times 40,000.
+    norms = norms_of(mx.full((1, 1, 1, 64), 200.0, mx.float16))
+    assert norms.dtype == mx.float32
+    assert norms.item() == 1600
 
 
 @pytest.mark.parametrize("kind", ["bool", "additive"])

@@ -126,9 +126,19 @@ def test_cutting_once_looks_at_everything_and_ranks_by_the_last_row():
 
 
 def test_cutting_once_drops_the_oldest_of_many_ties():
-    logits = np.zeros((1, 1, 1, 60), np.float32)
-    last, _ = run_scan(logits, resolve_options("tova", 20, {}), 20, once=True)
-    assert last == [0] * 40 + [1] * 20
+    # As many that a sort which keeps no order would mix them up.
+    logits = np.random.default_rng(0).integers(0, 3, (1, 1, 1, 300)).astype(np.float32)
+    rule = resolve_options("tova", 200, {})
+    last, _ = run_scan(logits, rule, 200, once=True)
+    ranked = sorted(range(300), key=lambda c: (logits[0, 0, 0, c], c))
+    assert [c for c in range(300) if last[c] == 0] == sorted(ranked[:100])
+
+
+def test_cutting_once_spares_the_protected_and_nobody_else():
+    # The first and the newest are; of the others 4, 2 and 3 were attended to least.
+    logits = block([[0.1, 0.3, 0.2, 0.2, 0.05, 0.15]], n_held=5)
+    rule = resolve_options("tova", 3, {"n_sinks": 1, "n_recent": 1})
+    assert run_scan(logits, rule, 3, once=True)[0] == [1, 1, 0, 0, 0, 1]
 
 
 def test_learned_sinks_take_their_share_of_the_denominator():
@@ -139,9 +149,35 @@ def test_learned_sinks_take_their_share_of_the_denominator():
     assert np.allclose(scores, [0.25, 0.25])
 
 
+def test_each_row_of_a_batch_has_the_sinks_of_its_heads():
+    logits = np.tile(block([[0.5, 0.5]], n_held=1), (3, 2, 1, 1))
+    for granularity in ("layer", "head"):
+        rule = resolve_options("h2o", 4, {"granularity": granularity})
+        n_choices = 3 if granularity == "layer" else 6
+        columns = Columns(
+            mx.broadcast_to(mx.arange(2), (n_choices, 2)), mx.zeros((n_choices, 2))
+        )
+        # The first head's sink halves its weights, the second's takes all of them.
+        sinks = mx.array([0.0, 50.0])
+        got = scan_block(mx.array(logits), columns, rule, limit=4, sinks=sinks).scores
+        want = [0.125] if granularity == "layer" else [0.25, 0.0]
+        assert np.allclose(got, np.tile(want, 3)[:, None])
+
+
+def test_a_head_that_is_not_a_number_takes_its_row_with_it():
+    # In a block as in a step: the others alone would say something else.
+    logits = np.tile(block([[0.2, 0.3, 0.5]], n_held=2), (1, 2, 1, 1))
+    logits[0, 0] = np.nan
+    rule = resolve_options("h2o", 8, {"granularity": "layer"})
+    assert run_scan(logits, rule, 8)[1].tolist() == [0, 0, 0]
+    weights = mx.softmax(mx.array(logits), axis=-1).reshape(1, 1, 2, 3)
+    assert update_scores(weights, None, None, rule).tolist() == [[[0, 0, 0]]]
+
+
 def test_scores_before_the_last_rows_are_there_for_the_journal():
     logits = block([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]], n_held=1)
-    rule = resolve_options("h2o", 8, {"granularity": "layer"})
+    # As they were, not as the next step fades them.
+    rule = resolve_options("tova", 8, {"memory": 0.5})
     columns = Columns(mx.arange(3)[None], mx.zeros((1, 3)))
     before = scan_block(mx.array(logits), columns, rule, limit=8, n_before=2).before
     assert np.allclose(np.array(before), [[[0, 0, 0], [0.5, 0.5, 0]]])

@@ -1,5 +1,6 @@
 """What is put into mlx-lm: once, safe against reloads and threads, and taken out."""
 
+import copy
 import gc
 import importlib
 import sys
@@ -194,6 +195,25 @@ def test_every_eviction_is_observed_once(policy, options):
     count = len(seen)
     tiny.feed(model, tokens, caches, 1)
     assert len(seen) == count, "observed after its end"
+
+
+def test_who_went_back_to_nothing_is_still_observed_and_a_copy_is_not():
+    model, tokens, seen = tiny.make(), tiny.tokens(12), []
+    caches = make_prompt_cache(model, 9)
+    with observe_evictions(caches, lambda *eviction: seen.append(eviction)):
+        tiny.feed(model, tokens, caches, 12)
+        assert [(layer, list(s)) for layer, s, _ in seen] == [
+            (layer, [9, 10, 11]) for layer in range(3)
+        ]
+        twins = copy.deepcopy(caches)
+        assert mlx_lm_cache.trim_prompt_cache(twins, 12) == 12
+        assert mlx_lm_cache.trim_prompt_cache(caches, 12) == 12
+        tiny.feed(model, tokens, twins, 12)
+        assert len(seen) == 3
+        tiny.feed(model, tokens, caches, [11, 1])
+    assert [(layer, list(s)) for layer, s, _ in seen[3:]] == [
+        (layer, steps) for steps in ([9, 10], [11]) for layer in range(3)
+    ]
 
 
 def test_a_cut_of_once_is_observed_at_its_step():

@@ -76,7 +76,8 @@ def test_trims_follow_each_other(model, policy, options):
     caches = read(model, tokens[:, :30], [25, 5], policy, **options)
     seen = list(range(30))
     next_token = 30
-    for back, chunk in [(3, 4), (4, 1), (0, 1), (2, 5), (5, 1), (6, 3)]:
+    # To places that other tokens have taken since, too.
+    for back, chunk in [(3, 4), (2, 1), (0, 1), (3, 5), (5, 1), (6, 3)]:
         assert mlx_lm_cache.trim_prompt_cache(caches, back) == back
         seen = seen[: len(seen) - back] + list(range(next_token, next_token + chunk))
         tiny.feed(model, tokens[:, next_token : next_token + chunk], caches, chunk)
@@ -92,6 +93,18 @@ def test_any_number_can_be_taken_back_before_the_first_eviction(model, policy):
     assert all(c.is_trimmable() for c in caches)
     assert mlx_lm_cache.trim_prompt_cache(caches, 18) == 18
     fresh = read(model, tokens[:, :2], 2, policy, limit=24)
+    assert_same(model, caches, fresh, tokens[:, 20:29])
+
+
+@pytest.mark.parametrize("policy", ["h2o", "vatp", "fade"])
+def test_what_a_policy_remembers_is_taken_back_before_the_first_eviction(model, policy):
+    tokens = tiny.tokens(30)
+    caches = read(model, tokens[:, :20], 20, policy, limit=24)
+    # As far as the journal goes: the scores before that are lost.
+    assert not any(c.is_trimmable() or c.can_trim(17) for c in caches)
+    assert mlx_lm_cache.trim_prompt_cache(caches, 17) == 0
+    assert mlx_lm_cache.trim_prompt_cache(caches, 16) == 16
+    fresh = read(model, tokens[:, :4], 4, policy, limit=24)
     assert_same(model, caches, fresh, tokens[:, 20:29])
 
 

@@ -4,18 +4,42 @@ from tova_mlx import POLICIES
 from tova_mlx.errors import OptionError
 from tova_mlx.policies import resolve_options
 
+# Of 65 tokens: per layer or head, memory, value-weighted, sinks, recent.
+DEFAULTS = {
+    "full": ("layer", 0, False, 0, 0),
+    "window": ("layer", 0, False, 0, 0),
+    "streaming": ("layer", 0, False, 4, 0),
+    "h2o": ("head", 1, False, 0, 32),
+    "tova": ("layer", 0, False, 0, 0),
+    "vatp": ("head", 1, True, 0, 32),
+    "fade": ("layer", 0.9, True, 0, 16),
+    "keydiff": ("head", 0, False, 0, 0),
+}
+
 
 def test_defaults_are_those_of_the_papers():
-    assert resolve_options("tova", 64, {}).memory == 0
-    assert resolve_options("tova", 64, {}).n_recent == 0
-    h2o = resolve_options("h2o", 65, {})
-    assert (h2o.memory, h2o.n_recent, h2o.granularity) == (1, 32, "head")
-    vatp = resolve_options("vatp", 64, {})
-    assert vatp.value_weighted
-    assert (vatp.memory, vatp.n_recent, vatp.granularity) == (1, 32, "head")
-    fade = resolve_options("fade", 64, {})
-    assert (fade.memory, fade.n_recent, fade.granularity) == (0.9, 16, "layer")
-    assert resolve_options("streaming", 64, {}).n_sinks == 4
+    for policy, wanted in DEFAULTS.items():
+        rule = resolve_options(policy, 65, {})
+        counts = rule.n_sinks, rule.n_recent
+        assert (rule.granularity, rule.memory, rule.value_weighted, *counts) == wanted
+        reads = rule.reads_attention, rule.score is not None
+        attention = policy in ("h2o", "tova", "vatp", "fade")
+        assert reads == (attention, policy == "keydiff"), policy
+        assert rule.max_size == (None if policy == "full" else 65)
+
+
+@pytest.mark.parametrize("policy", [p for p in DEFAULTS if p != "full"])
+@pytest.mark.parametrize("size", [5, 6, 13, 64])
+@pytest.mark.parametrize("n", [0, 1, 3, 6, 100])
+def test_pinned_tokens_are_first_ones_and_leave_one_to_be_evicted(policy, size, n):
+    before = resolve_options(policy, size, {})
+    rule = before.pinning(n)
+    assert rule.pinned == min(n, size // 2)
+    assert rule.n_sinks == max(before.n_sinks, rule.pinned)
+    # Fewer recent ones only where there is no room.
+    room = size - 1 - rule.n_sinks
+    assert rule.n_recent == min(before.n_recent, room)
+    assert room >= 0
 
 
 @pytest.mark.parametrize("size", [0, -3, 2.0, "8", None, True])

@@ -4,6 +4,7 @@ What happens in any order of reading, taking back, saving and batching is in the
 machines, which renumber too.
 """
 
+import copy
 import json
 import re
 from dataclasses import replace
@@ -33,6 +34,7 @@ from tova_mlx.errors import (
     UnsupportedModelError,
 )
 from tova_mlx.hooks.layers import leaves
+from tova_mlx.hooks.trimming import trim_prompt_cache
 from tova_mlx.models import rotary
 from tova_mlx.models.conversion import pin_in_new_caches, pin_tokens
 from tova_mlx.models.rotary import said_of, trained_range
@@ -301,6 +303,57 @@ def test_chunks_of_any_size_see_the_same(policy, kv_bits, often):
         for one, other in zip(caches, found[0][1], strict=True):
             assert mx.array_equal(one.positions, other.positions)
             assert one.offset == other.offset <= 12 + 8
+
+
+@pytest.mark.parametrize(
+    ("policy", "limit"), [("streaming", 6), ("fade", 6), ("tova", 10)]
+)
+@pytest.mark.parametrize("sizes", [[29], [12] + [1] * 17], ids=len)
+def test_tokens_taken_back_take_back_what_they_renumbered(policy, limit, sizes, often):
+    model, rest = tiny.make(), tiny.tokens(12, seed=9)
+    options = {"policy": policy, "positions": "compact"}
+
+    def read(n, sizes):
+        caches = make_prompt_cache(model, limit, **options)
+        if n:
+            tiny.feed(model, tiny.tokens(29)[:, :n], caches, sizes)
+        return caches
+
+    caches = read(29, sizes)
+    # Within a period, over a renumbering, over two, and all.
+    for n in (1, 13, 16, 29):
+        twins, fresh = copy.deepcopy(caches), read(29 - n, [29])
+        assert trim_prompt_cache(twins, n) == n
+        for a, b in zip(twins, fresh, strict=True):
+            assert (a.seen, a.offset, a.size()) == (b.seen, b.offset, b.size())
+        # And again, to where other tokens were renumbered the first time.
+        for _ in range(2):
+            got, want = (tiny.feed(model, rest, c, [1, 1, 10]) for c in (twins, fresh))
+            assert mx.abs(got - want).max() < 1e-3
+            for a, b in zip(twins, fresh, strict=True):
+                assert (a.offset, a.size()) == (b.offset, b.size())
+                assert mx.array_equal(a.positions, b.positions)
+            assert [trim_prompt_cache(c, 11) for c in (twins, fresh)] == [11, 11]
+
+
+def test_a_renumbering_from_before_a_file_is_not_taken_back(often):
+    # The last victim is in its slot, so one token could be, but for its position.
+    cache = make_prompt_cache(tiny.make(), 6, positions="compact")[0]
+    for seen, can in ((15, True), (16, False), (17, True)):
+        feed_layer(cache, seen - cache.seen)
+        loaded = type(cache).from_state(cache.state)
+        assert cache.can_trim(1)
+        assert loaded.can_trim(1) == can
+        assert not loaded.can_trim(2)
+
+
+def feed_layer(cache, n):
+    """Random tokens one by one, rotated for nothing."""
+    for _ in range(n):
+        queries = mx.random.normal((1, 6, 1, 8))
+        rows = mx.random.normal((1, 2, 1, 8))
+        stored = cache.update_and_fetch(rows, rows)
+        mx.eval(cache.attend(queries, *stored, scale=0.3, mask=None))
 
 
 def test_auto_is_original_to_the_last_bit_until_the_range_ends(often):

@@ -20,7 +20,13 @@ from mlx_lm.models.cache import (
 from tova_mlx import convert
 from tova_mlx.errors import UnsupportedModelError
 from tova_mlx.hooks.layers import leaves
-from tova_mlx.hooks.server import PromptStore, Provider, check_draft
+from tova_mlx.hooks.server import (
+    PromptStore,
+    Provider,
+    check_draft,
+    generator,
+    request_handler,
+)
 from tova_mlx.models.conversion import pin_in_new_caches
 
 PROMPT = tiny.tokens(30).tolist()[0]
@@ -188,6 +194,11 @@ def test_a_draft_model_beside_shared_layers_is_refused(monkeypatch):
         pipeline=False,
     )
     assert Provider(arguments).model is shared
+    provider = Provider(arguments)
+    with pytest.raises(UnsupportedModelError, match="2 caches for 4 layers"):
+        provider.load("shared", None, "tiny")
+    # Or the next request would be answered with it.
+    assert (provider.model, provider.draft_model, provider.model_key) == (None,) * 3
     arguments.draft_model = "tiny"
     with pytest.raises(UnsupportedModelError, match="--draft-model"):
         Provider(arguments)
@@ -207,3 +218,76 @@ def test_a_stored_prompt_that_pins_otherwise_is_read_again():
         got, rest = store.fetch_nearest_cache("model", tokens)
         assert (got is not None) == there
         assert rest == (NEXT if there else tokens)
+
+
+def codes(text):
+    return [ord(c) for c in text]
+
+
+def told(*messages):
+    return [{"role": role, "content": content} for role, content in messages]
+
+
+QUESTION = told(("user", "Why?"))
+SYSTEM = told(("system", "Be brief."))
+TURNS = told(("user", "Why?"), ("assistant", "So."), ("user", "And?"))
+
+
+@pytest.mark.parametrize(
+    ("messages", "begins"),
+    [
+        (QUESTION, "<u>"),
+        ([*SYSTEM, *QUESTION], "<s>Be brief.<u>"),
+        ([*SYSTEM, *SYSTEM, *QUESTION], "<s>Be brief.<s>Be brief.<u>"),
+        ([*SYSTEM, *TURNS], "<s>Be brief.<u>"),
+        ([*QUESTION, *SYSTEM, *QUESTION], "<u>"),
+    ],
+)
+@pytest.mark.parametrize("drafts", [False, True])
+@pytest.mark.parametrize("kind", ["chat", "text", "no template", "begins otherwise"])
+def test_a_conversation_pins_what_comes_before_its_first_question(
+    messages, begins, drafts, kind, monkeypatch
+):
+    def tokenize(self, tokenizer, request, args):
+        if request.request_type == "text":
+            return codes(request.prompt), "and more"
+        parts = [f"<{m['role'][0]}>{m['content']}" for m in request.messages]
+        long = "[long]" if kind == "begins otherwise" and len(parts) > 3 else ""
+        return codes(long + "".join(parts) + "<a>"), "and more"
+
+    monkeypatch.setattr(server.ResponseGenerator, "_tokenize", tokenize)
+    pins = {}
+    kind_of = generator(pins.__setitem__)
+    answers = object.__new__(kind_of)
+    answers.prompt_cache = PromptStore()
+    draft = "draft" if drafts else None
+    answers.model_provider = SimpleNamespace(model="model", draft_model=draft)
+    request = SimpleNamespace(
+        request_type="text" if kind == "text" else "chat",
+        messages=[dict(m) for m in messages],
+        prompt="Be brief.",
+    )
+    tokenizer = SimpleNamespace(has_chat_template=kind != "no template")
+    prompt, _ = answers._tokenize(tokenizer, request, None)
+    other = kind == "begins otherwise" and len(messages) > 3
+    want = 0 if other or kind in ("text", "no template") else len(begins)
+    assert prompt[:want] == codes(begins)[:want]
+    assert pins == dict.fromkeys(["model", "draft"] if drafts else ["model"], want)
+    assert answers.prompt_cache.pinned == want
+    assert request.messages == messages
+
+
+@pytest.mark.parametrize("most", [None, 4])
+def test_more_drafts_than_can_be_taken_back_are_refused(most, monkeypatch):
+    monkeypatch.setattr(
+        server.APIHandler, "validate_model_parameters", lambda self: None
+    )
+    handler = object.__new__(request_handler(most))
+    handler.num_draft_tokens = 4
+    handler.validate_model_parameters()
+    handler.num_draft_tokens = 5
+    if most is None:
+        handler.validate_model_parameters()
+        return
+    with pytest.raises(ValueError, match="at most 4"):
+        handler.validate_model_parameters()

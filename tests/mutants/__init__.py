@@ -1,0 +1,70 @@
+"""Mistakes that scripts/mutants.py makes in the core, and the tests that must see them.
+
+One after the other is put into a copy of the package, by text, so that it does not
+matter in which file the text is. The kernels have lists of their own (kernel_bugs.py,
+scan_bugs.py), the state machines too (scripts/machine_bugs.py).
+"""
+
+from .choosing import CHOOSING
+from .holding import HOLDING
+from .keeping import KEEPING
+from .mutant import Mutant
+
+__all__ = ["MUTANTS", "TESTS", "Mutant"]
+
+MUTANTS: list[Mutant] = [*CHOOSING, *HOLDING, *KEEPING]
+
+_PAPERS = "test_cache.py::test_outputs_and_positions_are_those_of_the_papers"
+_CHUNKS = "test_cache.py::test_chunks_of_any_size_give_the_same_logits_and_tokens"
+_MASKS = "test_cache.py::test_the_models_mask_is_obeyed_across_blocks"
+
+# By area, the cheapest first. Not the state machines, which see most of these too.
+TESTS: dict[str, tuple[str, ...]] = {
+    "policies": ("test_policies.py", "test_eviction.py", _PAPERS),
+    "scan": ("test_eviction.py", _PAPERS, _MASKS, _CHUNKS),
+    "step": ("test_eviction.py", _PAPERS, _CHUNKS),
+    "caches": ("test_hooks.py", _PAPERS, _CHUNKS, "test_interrupted.py"),
+    "positions": ("test_rotary.py",),
+    "batch": (
+        "test_batch.py::test_what_cannot_be_one_batch_is_refused",
+        "test_batch.py::test_merged_caches_are_left_as_they_are",
+        "test_batch.py::test_a_row_that_was_taken_out_goes_its_own_way",
+        "test_batch.py::test_rows_may_leave_while_padded_prompts_are_read",
+        "test_batch.py::test_padding_on_the_left_is_not_seen",
+        "test_rotary.py::test_rows_that_pin_more_and_less_are_what_they_are_alone",
+        "test_batch.py::test_a_row_is_what_it_would_be_alone",
+    ),
+    "journal": (
+        "test_journal.py::"
+        "test_what_a_policy_remembers_is_taken_back_before_the_first_eviction",
+        "test_journal.py::test_what_the_journal_does_not_hold_is_refused",
+        "test_journal.py::test_a_chunk_cut_once_cannot_be_taken_back",
+        "test_journal.py::test_caches_in_a_list_are_taken_back_together_or_not_at_all",
+        "test_journal.py::test_drafts_are_accepted_in_a_cache_that_has_evicted",
+        "test_journal.py::test_speculative_decoding_past_the_journal_is_refused_aloud",
+        "test_journal.py::test_trims_follow_each_other",
+        "test_journal.py::test_trim_crosses_the_first_eviction",
+        "test_interrupted.py",
+        "test_journal.py::test_trim_is_as_if_the_tokens_had_not_been",
+    ),
+    "storage": ("test_formats.py", "test_hadamard.py", "test_packed.py"),
+    "archive": (
+        "test_row_log.py",
+        "test_log_directory.py",
+        "test_recall.py::test_rows_on_disk_are_taken_back_too",
+        "test_recall.py::test_of_copies_on_one_disk_one_goes_on",
+        "test_recall.py::test_a_limit_on_disk_is_kept_and_the_oldest_go",
+        "test_recall.py::test_an_archive_on_disk_gives_what_one_in_memory_gives",
+        "test_recall.py::test_bytes_stay_below_what_is_said_and_the_archive_is_counted_apart",
+    ),
+    "saved": (
+        "test_rotary.py::test_pins_are_saved",
+        "test_rotary.py::test_a_file_goes_on_as_the_cache_would",
+        "test_rotary.py::test_rotary_positions_of_a_file_are_checked",
+        "test_recall.py::test_a_saved_cache_goes_on_as_if_it_had_not_been",
+        "test_recall.py::test_what_no_reading_could_have_left_is_refused",
+        "test_saved.py",
+    ),
+    "conversion": ("test_conversion.py", "test_budget.py", "test_hooks.py"),
+    "server": ("test_hooks.py", "test_serving.py"),
+}
