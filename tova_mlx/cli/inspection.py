@@ -141,9 +141,10 @@ def _settings(
 
 def _check_out(out: Path | None) -> None:
     """Refuse a file that cannot be written, before a text is read."""
-    if out is not None and not out.parent.is_dir():
+    if out is not None and not os.access(out.parent, os.W_OK):
+        why = "cannot be written to" if out.parent.is_dir() else "is no directory"
         raise click.UsageError(
-            f"--out {out}: no directory {out.parent}. Name a file in a directory."
+            f"--out {out}: {out.parent} {why}. Name a file in a directory of yours."
         )
 
 

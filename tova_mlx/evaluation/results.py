@@ -3,7 +3,9 @@
 A run that was killed goes on where it was: rows that are there are not made again.
 """
 
+import errno
 import json
+import os
 import platform
 import shlex
 import sys
@@ -135,6 +137,8 @@ class Results:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._lines = Lines(self.path)
+            if not os.access(directory, os.W_OK):
+                raise PermissionError(errno.EACCES, "it cannot be written to")
         except OSError as error:
             raise EvaluationError(
                 f"--out {directory}: cannot be used ({error.strerror}). Name a "

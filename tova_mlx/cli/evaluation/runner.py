@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from ...errors import OptionError
+from ...errors import OptionError, TovaError
 from ...evaluation.lines import read_text
 from ...progress import Bar
 from ..options import in_options
@@ -132,7 +133,6 @@ class Evaluation:
     def run(self, *, as_json: bool) -> None:
         """Measure what is missing, draw as it goes on, and print all at the end."""
         done: list[Any] = []
-        picture: Path | None = None
         figure = self.results.directory / f"{self.name}.png"
         drawn = time.monotonic()
         try:
@@ -142,10 +142,13 @@ class Evaluation:
                     if time.monotonic() - drawn > _REDRAWN:
                         self.plot(done, figure)
                         drawn = time.monotonic()
-        finally:
-            # Of a run that was stopped, too.
+        except BaseException:
+            # Of a run that was stopped, too; what stopped it is what is said.
             if done:
-                picture = self.plot(done, figure)
+                with suppress(TovaError):
+                    self.plot(done, figure)
+            raise
+        picture = self.plot(done, figure) if done else None
         if as_json:
             files = {"path": str(self.results.path), "plot": picture and str(picture)}
             click.echo(json.dumps({**self.to_json(done), **files}))
