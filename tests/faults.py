@@ -49,15 +49,16 @@ class Place:
     """A directory `work` for what commands write, beside a model and texts."""
 
     def __init__(self, root: Path):
-        self.root, self.work = root, root / "work"
-        self.model, self.novel = root / "model", root / "novel.txt"
+        # Names as people have them.
+        self.root, self.work = root, root / "wörk"
+        self.model, self.novel = root / "model", root / "Größe_世界.txt"
         self.log = root / "steps"
         if not self.model.exists():
             self.model.mkdir(parents=True)
             make_model(self.model)
             excerpt = ROOT / "scripts" / "moby_dick_excerpt.txt"
             words = excerpt.read_text(encoding="utf-8")
-            self.novel.write_text(words[:6000], encoding="utf-8")
+            self.novel.write_text(words[:2500], encoding="utf-8")
 
     def environment(self, **more: str | None) -> dict[str, str]:
         """That of a command; None: without that name."""
@@ -102,6 +103,7 @@ class Place:
             told = {"under": str(self.work), "log": str(self.log)}
             env["TOVA_FAULT"] = json.dumps({**told, "kind": kind, "at": at})
             env["PYTHONPATH"] = os.pathsep.join([str(HOOK), env["PYTHONPATH"]])
+        shell = shell.replace("{work}", str(self.work))
         done = subprocess.run(
             ["bash", "-c", shell, "bash", sys.executable, *self.fill(words)],
             input=stdin.replace("{work}", str(self.work)).encode(),

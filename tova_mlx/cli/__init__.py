@@ -66,16 +66,10 @@ def _open_streams() -> None:
 
 
 def _failed(error: OSError) -> str:
-    """What cannot be read or written, in a line; stdout is given up if it is that."""
-    name = error.filename
-    try:
-        sys.stdout.flush()
-    except OSError:
-        name = "standard output"
-        # What is still to be written would be an error once more at Python's end.
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    """What cannot be read or written, in a line."""
     reason = error.strerror or " ".join(str(error).split())
-    return f"{name}: {reason}." if name else f"{reason}."
+    # What is written to by a descriptor has no name.
+    return f"{error.filename or 'standard output, or another stream'}: {reason}."
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -142,9 +142,11 @@ def _settings(
 def _check_out(out: Path | None) -> None:
     """Refuse a file that cannot be written, before a text is read."""
     if out is not None and not os.access(out.parent, os.W_OK):
-        why = "cannot be written to" if out.parent.is_dir() else "is no directory"
+        there = out.parent.is_dir()
+        why = "no writing to" if there else "no directory"
         raise click.UsageError(
-            f"--out {out}: {out.parent} {why}. Name a file in a directory of yours."
+            f"--out {out}: {why} {out.parent}. Name a file in a directory"
+            f"{' of yours' if there else ''}."
         )
 
 

@@ -133,7 +133,11 @@ class Perplexity:
         path = self._path(setting)
         if not path.is_file():
             return None
-        losses = np.load(path)
+        try:
+            losses = np.load(path)
+        except (EOFError, ValueError):
+            # Of an earlier version, on a machine that lost its power.
+            return None
         shape = (len(self.windows), self.windows.shape[1] - 1)
         return losses if losses.shape == shape else None
 

@@ -173,11 +173,16 @@ class Results:
 def provenance(model: str, dtype: str, seed: int | None) -> dict[str, Any]:
     """What it takes to repeat a run. model: the directory that it was loaded from."""
     return {
-        "model": Path(model).name,
+        "model": shown(Path(model).name),
         "dtype": dtype,
         "seed": seed,
         **circumstances(Path(sys.argv[0]).name),
     }
+
+
+def shown(name: str) -> str:
+    """The name of a file as text: a figure cannot show bytes that are none."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def circumstances(program: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import click
 
 from ...errors import OptionError, TovaError
 from ...evaluation.lines import read_text
+from ...evaluation.results import shown
 from ...progress import Bar
 from ..options import in_options
 from .options import check_settings, quantised
@@ -50,7 +51,7 @@ def begin(
     if text is not None:
         written = read_text(text)
         digest = sha256(written.encode()).hexdigest()[:16]
-        common = {"text": text.stem, "text_sha256": digest}
+        common = {"text": shown(text.stem), "text_sha256": digest}
     from ...evaluation.budgets import tokens_kept
     from ...evaluation.plots import pyplot
 
