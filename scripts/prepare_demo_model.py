@@ -21,7 +21,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -31,6 +30,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tova_mlx.errors import TovaError
+from tova_mlx.files import to_disk, working_directory
 from tova_mlx.models.demo import DEMO_MODELS, demo_model_path
 from tova_mlx.progress import Bar
 
@@ -121,16 +122,20 @@ def main(arguments: list[str] | None = None) -> int:
         "--model", choices=DEMO_MODELS, default="demo", help="default: %(default)s"
     )
     model = parser.parse_args(arguments).model
-    target = demo_model_path(model)
     try:
+        target = demo_model_path(model)
         if not (target / "config.json").is_file():
             prepare(SOURCES[model], target)
-    except (PrepareError, OSError, ValueError, KeyError, RuntimeError) as error:
+        # Now: at Python's end it would be too late to say that this fails.
+        print(target, flush=True)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    except (PrepareError, TovaError, OSError, ValueError, KeyError, RuntimeError) as e:
         # RuntimeError is how MLX says that it cannot write a file.
-        reason = " ".join(str(error).split())
-        print(f"{target.name} was not prepared: {reason}", file=sys.stderr)
+        reason = " ".join(str(e).split())
+        print(f"{DEMO_MODELS[model]} was not prepared: {reason}", file=sys.stderr)
         return 1
-    print(target)
     return 0
 
 
@@ -148,16 +153,15 @@ def prepare(source: Source, target: Path) -> None:
             f"{target.parent} has {free / 1e9:.1f} GB free, {source.disk_gb} GB are "
             "needed. Free some, or set XDG_CACHE_HOME to a directory with more."
         )
-    work = Path(tempfile.mkdtemp(prefix=".prepare-", dir=target.parent))
-    try:
+    with working_directory(target.parent) as work:
         made = work / "model"
         made.mkdir()
         print(f"Getting {target.name} …", file=sys.stderr)
         file = fetch(source, work)
         convert(file, made, source.dtype)
+        for written in made.iterdir():
+            to_disk(written)
         made.rename(target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def fetch(source: Source, work: Path) -> Path:

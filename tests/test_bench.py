@@ -416,6 +416,20 @@ def test_ctrl_c_while_decoding_does_not_read_again(tmp_path, reader, monkeypatch
     assert len(got) == 4 * len(CONTEXTS) * 4
 
 
+def test_caches_go_where_a_run_was_killed_after_its_last_row(
+    tmp_path, reader, monkeypatch
+):
+    def kill(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measuring.shutil, "rmtree", kill)
+        assert run(tmp_path, *POLICIES).exit_code == 130
+    assert list((tmp_path / "caches").rglob("*.safetensors"))
+    measured(tmp_path, *POLICIES)
+    assert not (tmp_path / "caches").exists()
+
+
 def test_another_way_to_measure_is_another_run(tmp_path, reader):
     measured(tmp_path, "--policy", "tova")
     reader.jobs.clear()

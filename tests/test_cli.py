@@ -289,6 +289,81 @@ def test_a_reader_that_leaves_ends_the_command_quietly(demo_path, command):
     assert not re.search("Traceback|Error", done.stderr)
 
 
+def without_a_home(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch, tmp_path):
+    without_a_home(monkeypatch)
+    for model in ((), ("--model", "demo")):
+        result = run("generate", "x", *model)
+        assert result.exit_code == 1
+        assert "Set HOME or XDG_CACHE_HOME, or give --model" in result.stderr
+        assert result.stderr.count("\n") == 1
+    # A directory needs no home.
+    assert models.resolve(str(tmp_path)) == str(tmp_path)
+
+
+@pytest.mark.parametrize("command", ["--help", "info"])
+def test_a_full_standard_output_is_one_line(command, tmp_path):
+    program = (
+        "from tova_mlx.cli import main, models; import tiny\n"
+        "models.load = lambda _: (tiny.make(), None, 'tiny')\n"
+        f"main(['{command}'])"
+    )
+    path = tmp_path / "full"
+    path.symlink_to("/dev/full")
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    with path.open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            cwd=Path(__file__).parent,
+            text=True,
+        )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "Error: standard output, or another stream: No space left on device.\n"
+    )
+
+
+def test_a_file_that_fails_is_named(monkeypatch):
+    def fail(_):
+        raise PermissionError(13, "Permission denied", "/etc/some file")
+
+    monkeypatch.setattr(models, "load", fail)
+    result = run("info")
+    assert result.exit_code == 1
+    assert result.stderr == "Error: /etc/some file: Permission denied.\n"
+
+
+def test_any_text_can_be_shown(monkeypatch, tmp_path):
+    said = "Ça va, 世界?"
+    for stdin in (b"", said.encode(), b"\xff\xfe"):
+        done = subprocess.run(
+            [
+                *(sys.executable, "-c"),
+                "import click, sys\nfrom tova_mlx.cli import main\n"
+                "@main.command()\n"
+                f"def say(): click.echo({said!r}); click.echo({said!r}, err=True)\n"
+                "main(['say'])",
+            ],
+            env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+            input=stdin,
+            capture_output=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == b"\xc7a va, ???\n"
+        assert done.stderr == b"\xc7a va, \\u4e16\\u754c?\n"
+
+
 @pytest.mark.real_model
 @pytest.mark.parametrize(
     "command", ["generate x --max-tokens 2 --memory 0.5", "info --no-value-weighted"]

@@ -28,7 +28,7 @@ from tova_mlx import (
 )
 from tova_mlx.cli import inspection as command
 from tova_mlx.cli import main, models
-from tova_mlx.inspection import page, pieces
+from tova_mlx.inspection import pieces
 from tova_mlx.policies import RECALL_BLOCK
 
 LENGTH, SIZE = 45, 12
@@ -414,7 +414,7 @@ def test_a_page_that_cannot_be_written_leaves_what_was_there(
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(page.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     result = run("inspect", words(20), "--out", str(out))
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1].startswith(
@@ -424,6 +424,16 @@ def test_a_page_that_cannot_be_written_leaves_what_was_there(
     assert list(tmp_path.iterdir()) == [out]
     with pytest.raises(EvaluationError):
         inspect(tiny.make(), Words(), [1, 2], 2).save(tmp_path / "x" / "y.html")
+
+
+def test_a_directory_that_cannot_be_written_is_refused_before_reading(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    monkeypatch.setattr(models, "load", lambda _: pytest.fail("a model was loaded"))
+    result = run("inspect", "Some words", "--out", str(tmp_path / "page.html"))
+    assert result.exit_code == 2
+    assert f"no writing to {tmp_path}. Name a file in a" in result.stderr
 
 
 def test_help_says_that_it_is_an_html_page():

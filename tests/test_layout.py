@@ -7,8 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "tova_mlx"
 FLOORS = (
-    *("errors", "tables", "progress", "policies", "storage", "eviction", "attention"),
-    *("hooks", "caches", "models", "evaluation", "inspection", "benchmark", "cli"),
+    *("errors", "files", "tables", "progress", "policies", "storage", "eviction"),
+    *("attention", "hooks", "caches", "models", "evaluation", "inspection"),
+    *("benchmark", "cli"),
 )
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE)
 

@@ -1,8 +1,10 @@
 """Perplexity: what token by token gives, resumable, paired, and a figure."""
 
+import errno
 import itertools
 import json
 import math
+import os
 from pathlib import Path
 
 import mlx.core as mx
@@ -135,6 +137,34 @@ def test_a_killed_run_goes_on_where_it_was(model, windows, tmp_path, monkeypatch
     calls.clear()
     measure(model, windows, tmp_path)
     assert calls == []
+
+
+@pytest.mark.parametrize("left", [b"", b"\x93NUM", b"no array at all"])
+def test_losses_that_are_no_array_are_measured_again(model, windows, tmp_path, left):
+    _, rows = measure(model, windows, tmp_path)
+    for path in tmp_path.rglob("*.npy"):
+        path.write_bytes(left)
+    lines = (tmp_path / "results.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "results.jsonl").write_text("".join(lines[:-1]))
+    again, got = measure(model, windows, tmp_path)
+    assert got[-1]["ratio_to_full"] == pytest.approx(rows[-1]["ratio_to_full"])
+    assert math.isfinite(again.compare(SETTINGS[-1], SETTINGS[0])[0])
+
+
+def test_losses_that_cannot_be_saved_are_one_line(
+    model, windows, tmp_path, monkeypatch
+):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        said = r"full\.npy: cannot be written \(No space"
+        with pytest.raises(EvaluationError, match=said):
+            measure(model, windows, tmp_path)
+    assert not (tmp_path / "results.jsonl").exists()
+    assert not list(tmp_path.rglob("*.npy"))
+    assert len(measure(model, windows, tmp_path)[1]) == len(SETTINGS)
 
 
 def test_rows_without_losses_are_read_again_only_for_new_rows(model, windows, tmp_path):

@@ -124,6 +124,24 @@ def test_a_broken_conversion_leaves_nothing(
 
 
 @needs_gguf
+def test_ctrl_c_is_one_line_and_what_a_kill_left_goes(
+    prepare, monkeypatch, tmp_path, capsys
+):
+    left = tmp_path / "tova_mlx" / ".tova_mlx-killed"
+    left.mkdir(parents=True)
+    (left / "model.gguf").write_bytes(b"half")
+
+    def press(source, work):
+        (work / "model.gguf").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "fetch", press)
+    assert prepare.main([]) == 130
+    assert last_line(capsys) == "Interrupted."
+    assert list((tmp_path / "tova_mlx").iterdir()) == []
+
+
+@needs_gguf
 def test_too_little_space_is_said_before_anything_is_fetched(
     prepare, monkeypatch, tmp_path, capsys
 ):

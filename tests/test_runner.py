@@ -1,6 +1,7 @@
 """What the evaluations do alike: figures of stopped runs, one object, bits."""
 
 import json
+import os
 
 import click
 import pytest
@@ -9,6 +10,7 @@ from click.testing import CliRunner
 from tova_mlx.cli import main
 from tova_mlx.cli.evaluation import runner
 from tova_mlx.cli.evaluation.options import quantised
+from tova_mlx.errors import EvaluationError
 from tova_mlx.evaluation.results import Results
 
 
@@ -54,6 +56,28 @@ def test_a_stopped_run_draws_what_it_has(tmp_path, stop, figures):
     with pytest.raises(KeyboardInterrupt):
         evaluation(tmp_path, [1, 2, 3], drawn, stop).run(as_json=False)
     assert drawn == figures
+
+
+def test_what_stopped_a_run_is_said_and_not_that_it_could_not_be_drawn(tmp_path):
+    def full(done, path):
+        raise EvaluationError("the figure cannot be written")
+
+    stopped = evaluation(tmp_path, [1, 2, 3], [], stop=2)
+    stopped.plot = full
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run(as_json=False)
+    whole = evaluation(tmp_path, [1, 2, 3], [])
+    whole.plot = full
+    with pytest.raises(EvaluationError, match="figure cannot be written"):
+        whole.run(as_json=False)
+
+
+def test_a_directory_that_cannot_be_written_is_refused_before_any_work(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    with pytest.raises(EvaluationError, match="cannot be used"):
+        Results(tmp_path, {}, ())
 
 
 def test_a_long_run_draws_now_and_then(tmp_path, monkeypatch):

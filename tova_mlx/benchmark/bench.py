@@ -13,9 +13,9 @@ from statistics import median, quantiles
 from typing import Any
 
 import mlx.nn as nn
-from mlx_lm.models.cache import load_prompt_cache
 
 from ..evaluation.results import Results, Setting
+from ..models.saved import load_prompt_cache
 from .baselines import FULL, ROTATING
 from .bound import bandwidth, milliseconds, weights_read
 from .cases import bytes_read, caches_of, can_fill, fill
@@ -110,6 +110,8 @@ class Bench:
         if to_decode:
             say("Decoding")
             self._decode(load(), decoded)
+        # Also where a run was killed after its last row.
+        self._delete_caches()
         for setting in self.settings:
             yield from self._rows(setting, ("decode_ms",))
 
@@ -209,6 +211,8 @@ class Bench:
                 filled=case.context if case.resets else 0,
                 **ratios,
             )
+
+    def _delete_caches(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
         if self._folder.parent.is_dir() and not any(self._folder.parent.iterdir()):
             self._folder.parent.rmdir()
@@ -229,7 +233,7 @@ class Bench:
                 if setting == FULL and fillable:
                     cases.append(Case(setting, context, whole, resets=True))
                 else:
-                    caches: Any = load_prompt_cache(str(job.file(context)))
+                    caches, _ = load_prompt_cache(job.file(context))
                     cases.append(Case(setting, context, caches))
         return cases
 

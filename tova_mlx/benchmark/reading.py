@@ -5,7 +5,6 @@ from one context length to the next: the peak when it has read `context` tokens 
 of a process that stops there.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +17,7 @@ from mlx_lm.models.cache import save_prompt_cache
 
 from ..evaluation.reading import read
 from ..evaluation.results import Setting
+from ..files import written_whole
 from ..hooks.layers import leaves
 from ..models.budget import weights_bytes
 from .baselines import FULL
@@ -163,9 +163,8 @@ def _warm_up(model: nn.Module, job: Job, tokens: mx.array) -> None:
 
 def _save(caches: Sequence[Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new.safetensors")
-    save_prompt_cache(str(new), list(caches))
-    os.replace(new, path)
+    with written_whole(path) as written:
+        save_prompt_cache(str(written), list(caches))
 
 
 def only(job: Job, contexts: Sequence[int]) -> Job:

@@ -1,7 +1,9 @@
 """The command line `tova-mlx`. MLX is imported when a command runs, not before."""
 
+import io
 import os
 import sys
+from typing import Any
 
 import click
 
@@ -21,10 +23,21 @@ from .serve import serve
 class _Group(click.Group):
     """Prints an error raised on purpose as one line; exit 1, or 130 after Ctrl-C."""
 
-    def invoke(self, ctx: click.Context) -> object:
+    def main(self, *arguments: Any, **options: Any) -> Any:
         _open_streams()
         try:
-            return super().invoke(ctx)
+            # A reader that left ends a command quietly there.
+            return super().main(*arguments, **options)
+        except OSError as error:
+            click.echo(f"Error: {_failed(error)}", err=True)
+            sys.exit(1)
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            done = super().invoke(ctx)
+            # Now: at Python's end it would be too late to say that this fails.
+            sys.stdout.flush()
+            return done
         except TovaError as error:
             click.echo(in_options(error.line), err=True)
         except KeyboardInterrupt:
@@ -35,13 +48,28 @@ class _Group(click.Group):
 
 
 def _open_streams() -> None:
-    """Open standard streams that are closed, on nothing.
+    """Open standard streams that are closed, on nothing, and let all take any text.
 
     Or the next files opened would get their numbers, and MLX takes 0 for a failure.
+    Bytes that are no text, and text that a stream's encoding lacks, end no command.
     """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+    for name, mode, errors in (
+        ("stdin", "r", "surrogateescape"),
+        ("stdout", "w", "replace"),
+        ("stderr", "w", "backslashreplace"),
+    ):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
+def _failed(error: OSError) -> str:
+    """What cannot be read or written, in a line."""
+    reason = error.strerror or " ".join(str(error).split())
+    # What is written to by a descriptor has no name.
+    return f"{error.filename or 'standard output, or another stream'}: {reason}."
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -1,6 +1,5 @@
 """tova-mlx chat: a conversation in constant memory."""
 
-import io
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -56,7 +55,6 @@ def chat(**options: Any) -> None:
     Example: tova-mlx chat --max-kv-size 1024 --policy fade
     """
     check(options)
-    _accept_any_text()
     from .models import load
 
     model, tokenizer, path = load(options["model"])
@@ -150,17 +148,6 @@ class _CtrlC:
 
     def pressed(self) -> bool:
         return self._pressed > 0
-
-
-def _accept_any_text() -> None:
-    """Neither bytes that are no text nor text that cannot be shown end the chat."""
-    for stream, errors in (
-        (sys.stdin, "surrogateescape"),
-        (sys.stdout, "replace"),
-        (sys.stderr, "backslashreplace"),
-    ):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=errors)
 
 
 def _pinned(conversation: "Conversation") -> str:

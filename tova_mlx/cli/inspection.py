@@ -141,9 +141,12 @@ def _settings(
 
 def _check_out(out: Path | None) -> None:
     """Refuse a file that cannot be written, before a text is read."""
-    if out is not None and not out.parent.is_dir():
+    if out is not None and not os.access(out.parent, os.W_OK):
+        there = out.parent.is_dir()
+        why = "no writing to" if there else "no directory"
         raise click.UsageError(
-            f"--out {out}: no directory {out.parent}. Name a file in a directory."
+            f"--out {out}: {why} {out.parent}. Name a file in a directory"
+            f"{' of yours' if there else ''}."
         )
 
 

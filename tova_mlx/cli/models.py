@@ -14,8 +14,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 def resolve(model: str | None) -> str:
     """A directory or hub id for `--model`."""
-    demo = demo_model_path()
     if model is None:
+        demo = demo_model_path()
         if (demo / "config.json").is_file():
             return str(demo)
         from mlx_lm.chat import DEFAULT_MODEL

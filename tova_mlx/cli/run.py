@@ -1,5 +1,8 @@
 """tova-mlx run: mlx-lm's own tools in bounded memory."""
 
+import codecs
+import io
+import sys
 from typing import Any
 
 import click
@@ -28,4 +31,9 @@ def run(tool: str, arguments: tuple[str, ...], **options: Any) -> None:
     Example: tova-mlx run --max-kv-size 512 generate --model demo --prompt "Why?"
     """
     check(options)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # mlx-lm's tools take no halves of characters.
+        only_ascii = codecs.lookup(sys.stdin.encoding).name == "ascii"
+        encoding = "utf-8" if only_ascii else sys.stdin.encoding
+        sys.stdin.reconfigure(encoding=encoding, errors="replace")
     run_tool(tool, arguments, options)

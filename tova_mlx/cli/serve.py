@@ -126,6 +126,7 @@ def serve(
         click.echo(in_options(error.line), err=True)
         leave(1)
     except KeyboardInterrupt:
+        click.echo("Interrupted.", err=True)
         leave(130)
     except Exception:
         traceback.print_exc()

@@ -23,8 +23,13 @@ class Answers:
     """
 
     def __init__(self, directory: Path, same: dict[str, Any]):
-        self._lines, self._same = Lines(directory / "answers.jsonl"), same
-        self.path = self._lines.path
+        self.path, self._same = directory / "answers.jsonl", same
+        try:
+            self._lines = Lines(self.path)
+        except OSError as error:
+            raise EvaluationError(
+                f"{self.path}: cannot be used ({error.strerror}). Name another --out."
+            ) from error
         self._known: dict[tuple[str, Setting], dict[str, Any]] = {}
         try:
             for answer in self._lines:

@@ -3,10 +3,12 @@
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..errors import EvaluationError
+from ..files import written_whole
 
 
 def read_text(path: Path, wanted: str = "Name a text file in UTF-8.") -> str:
@@ -29,22 +31,36 @@ class Lines:
 
     def __init__(self, path: Path):
         self.path = path
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        *self._lines, unfinished = text.split("\n")
+        # Bytes: what is unfinished may end within a character.
+        data = path.read_bytes() if path.exists() else b""
+        *self._lines, unfinished = data.split(b"\n")
         if unfinished:
-            new = path.with_suffix(".new")
-            new.write_text("".join(f"{x}\n" for x in self._lines), encoding="utf-8")
-            os.replace(new, path)
+            with written_whole(path) as new:
+                new.write_bytes(data.removesuffix(unfinished))
 
     def __iter__(self) -> Iterator[Any]:
         """What was there. Raises ValueError at a line that is no JSON."""
-        return map(json.loads, self._lines)
+        return (json.loads(line.decode()) for line in self._lines)
 
     def add(self, values: dict[str, Any], *, ensure_ascii: bool = True) -> str:
-        """Append an object, on the disk when this returns; its line."""
+        """Append an object, on the disk when this returns; its line.
+
+        Raises EvaluationError if it cannot be written; the file is as before.
+        """
         line = json.dumps(values, ensure_ascii=ensure_ascii, allow_nan=False)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        size = None
+        try:
+            with self.path.open("ab") as file:
+                size = file.tell()
+                file.write(f"{line}\n".encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            if size is not None:
+                with suppress(OSError):
+                    os.truncate(self.path, size)
+            raise EvaluationError(
+                f"{self.path}: cannot be written ({error.strerror}). Make room, or "
+                "name another --out; what is there stays, and the same command goes on."
+            ) from error
         return line

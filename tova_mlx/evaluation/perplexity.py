@@ -6,7 +6,6 @@ compared on the same tokens.
 """
 
 import math
-import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import EvaluationError
+from ..files import written_whole
 from .budgets import cache_bytes
 from .plots import (
     Style,
@@ -133,16 +133,25 @@ class Perplexity:
         path = self._path(setting)
         if not path.is_file():
             return None
-        losses = np.load(path)
+        try:
+            losses = np.load(path)
+        except (EOFError, ValueError):
+            # Of an earlier version, on a machine that lost its power.
+            return None
         shape = (len(self.windows), self.windows.shape[1] - 1)
         return losses if losses.shape == shape else None
 
     def _save(self, setting: Setting, losses: Losses) -> None:
         path = self._path(setting)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_suffix(".new").open("wb") as file:
-            np.save(file, losses)
-        os.replace(path.with_suffix(".new"), path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with written_whole(path) as written:
+                np.save(written, losses)
+        except OSError as error:
+            raise EvaluationError(
+                f"{path}: cannot be written ({error.strerror or error}). Make room, or "
+                "name another --out; the same command goes on."
+            ) from error
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> Path:

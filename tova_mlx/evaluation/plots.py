@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EvaluationError
+from ..files import written_whole
 from .results import Setting
 
 _COLOURS = (
@@ -46,14 +47,19 @@ def pyplot() -> Any:
     """matplotlib's, drawing into files. Raises EvaluationError without matplotlib."""
     try:
         import matplotlib
+
+        # No window, whatever the machine has.
+        matplotlib.use("Agg", force=True)
+        from matplotlib import pyplot as module
     except ImportError as error:
         raise EvaluationError(
             'Plots need matplotlib. Run: pip install "tova_mlx[eval]"'
         ) from error
-    # No window, whatever the machine has.
-    matplotlib.use("Agg", force=True)
-    from matplotlib import pyplot as module
-
+    except OSError as error:
+        raise EvaluationError(
+            f"Plots need a directory for matplotlib's own files ({error}). Set "
+            "MPLCONFIGDIR to one that can be written to."
+        ) from error
     return module
 
 
@@ -198,7 +204,18 @@ def legend_below(figure: Any, panels: Sequence[Any], ncols: int) -> None:
 
 
 def save(figure: Any, path: Path) -> Path:
-    """Write a PNG and let go of the figure."""
-    figure.savefig(path, dpi=150)
-    pyplot().close(figure)
+    """Write a PNG, all of it or nothing, and let go of the figure.
+
+    Raises EvaluationError if it cannot be written; what was there stays.
+    """
+    try:
+        with written_whole(path) as written:
+            figure.savefig(written, dpi=150)
+    except OSError as error:
+        raise EvaluationError(
+            f"{path}: cannot be written ({error.strerror}). Make room, or name another "
+            "--out; what was measured is kept."
+        ) from error
+    finally:
+        pyplot().close(figure)
     return path

@@ -3,7 +3,9 @@
 A run that was killed goes on where it was: rows that are there are not made again.
 """
 
+import errno
 import json
+import os
 import platform
 import shlex
 import sys
@@ -135,6 +137,8 @@ class Results:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._lines = Lines(self.path)
+            if not os.access(directory, os.W_OK):
+                raise PermissionError(errno.EACCES, "it cannot be written to")
         except OSError as error:
             raise EvaluationError(
                 f"--out {directory}: cannot be used ({error.strerror}). Name a "
@@ -169,11 +173,16 @@ class Results:
 def provenance(model: str, dtype: str, seed: int | None) -> dict[str, Any]:
     """What it takes to repeat a run. model: the directory that it was loaded from."""
     return {
-        "model": Path(model).name,
+        "model": shown(Path(model).name),
         "dtype": dtype,
         "seed": seed,
         **circumstances(Path(sys.argv[0]).name),
     }
+
+
+def shown(name: str) -> str:
+    """The name of a file as text: a figure cannot show bytes that are none."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def circumstances(program: str) -> dict[str, Any]:

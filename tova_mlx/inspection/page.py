@@ -8,8 +8,6 @@ bits (three digits).
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from base64 import b64encode
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import EvaluationError
+from ..files import written_whole
 from ..policies import RECALL_BLOCK
 
 if TYPE_CHECKING:
@@ -46,10 +45,8 @@ def write(inspection: Inspection, path: Path) -> Path:
     Raises EvaluationError if it cannot be written; what was there stays.
     """
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tova_mlx-") as place:
-            written = Path(place) / "page.html"
+        with written_whole(path) as written:
             written.write_text(html(inspection), encoding="utf-8")
-            os.replace(written, path)
     except OSError as error:
         raise EvaluationError(
             f"{path}: cannot be written ({error.strerror}). Name a file in a directory "

@@ -1,7 +1,9 @@
 """Archives on disk for the caches of a model."""
 
 import itertools
+import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -30,7 +32,8 @@ def archive_on_disk(caches: Iterable[Any], options: ArchiveOptions) -> None:
     ]
     if not ours:
         return
-    directory = _own_directory(Path(options.path).expanduser())
+    # A ~ of nobody known stays, and is refused below.
+    directory = _own_directory(Path(os.path.expanduser(options.path)))
     limit = None if options.limit is None else options.limit // len(ours)
     for layer, cache in enumerate(ours):
         name = f"layer-{layer:03}"
@@ -44,6 +47,8 @@ def _own_directory(path: Path) -> LogDirectory:
         # What a run that was killed left there. Refused if one has not ended.
         for stale in sorted(path.glob("caches-[0-9]*")):
             LogDirectory(stale).close()
+            with suppress(OSError):
+                stale.rmdir()
     places = (path / f"caches-{i:03}" for i in itertools.count())
     directory = LogDirectory(next(place for place in places if place not in mine))
     _open.add(directory)

@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+from ..errors import ModelLoadError
+
 # What `--model` calls them, and their directories. The GGUF file of the second says
 # that it is the Coder variant, and its SHA-256 is that of Qwen's own file of it.
 DEMO_MODELS = {
@@ -15,11 +17,20 @@ DEMO_MODELS = {
 def demo_model_path(name: str = "demo") -> Path:
     """Return a demo model's directory in the user's cache directory, there or not.
 
-    `name` is a key of `DEMO_MODELS`; raises KeyError for another.
+    `name` is a key of `DEMO_MODELS`; raises KeyError for another, and ModelLoadError
+    where nothing says which the user's cache directory is.
     """
-    home = Path.home()
-    default = (
-        home / "Library" / "Caches" if sys.platform == "darwin" else home / ".cache"
-    )
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or default)
-    return cache / "tova_mlx" / DEMO_MODELS[name]
+    return _cache() / "tova_mlx" / DEMO_MODELS[name]
+
+
+def _cache() -> Path:
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named)
+    try:
+        home = Path.home()
+    except RuntimeError as error:
+        raise ModelLoadError(
+            "The demo models are in the user's cache directory, but this user has no "
+            "home directory. Set HOME or XDG_CACHE_HOME, or give --model a directory."
+        ) from error
+    return home / "Library" / "Caches" if sys.platform == "darwin" else home / ".cache"

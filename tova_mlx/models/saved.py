@@ -24,6 +24,7 @@ from ..caches.layer import PolicyKVCache
 from ..caches.lockstep import keep_together
 from ..caches.tova import TOVACache
 from ..errors import CacheStateError
+from ..files import written_whole
 from ..hooks import registration
 from ..hooks.layers import leaves
 from ..storage.entries import arrays_of
@@ -72,12 +73,9 @@ def save_prompt_cache(
     if model is not None:
         metadata[_FINGERPRINT] = fingerprint(model)
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tova_mlx-") as place:
-            # MLX does not write to every name that the system knows.
-            written = Path(place) / f"prompt{_SUFFIX}"
+        with written_whole(path) as written:
             here = [_in_memory(c) for c in cache]
             mlx_lm_cache.save_prompt_cache(str(written), here, metadata)
-            os.replace(written, path)
     except (OSError, RuntimeError, ValueError) as error:
         raise CacheStateError(
             f"{path}: cannot save the prompt ({error}). Check the directory and the "

@@ -7,7 +7,6 @@ memory until it is asked for rows, so that nothing waits for the device but that
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -187,7 +186,7 @@ class Disk:
         try:
             # Written before it is mapped: a page that a full disk has no room for
             # would end the process.
-            with tempfile.TemporaryFile(dir=self.directory.path) as file:
+            with self.directory.nameless(self.name) as file:
                 file.write(places.tobytes())
                 file.flush()
                 self._places = np.memmap(file, places.dtype, "r+", shape=places.shape)

@@ -13,6 +13,7 @@ import resource
 import weakref
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from ..errors import OptionError, TovaError
 from .row_log import FILE_NAME, FLAGS, MAGIC, Parts, RowLog, write_all
@@ -79,6 +80,17 @@ class LogDirectory:
         self._logs[:] = [*(log for log in self._logs if not log.closed), log]
         return log
 
+    def nameless(self, name: str) -> BinaryIO:
+        """Open a file that has no name any more, so that it goes when it is closed.
+
+        name: of the log that it is for: should a kill come before its own is gone, it
+        is one that the next run knows. Raises OSError.
+        """
+        path = self.path / f"{name}.unnamed.rows"
+        fd = os.open(path, FLAGS | os.O_CREAT | os.O_EXCL, 0o600)
+        os.unlink(path)
+        return os.fdopen(fd, "w+b")
+
     def close(self) -> None:
         """Delete the logs; the second time does nothing."""
         self._close()
@@ -93,8 +105,8 @@ class LogDirectory:
         reason = getattr(error, "strerror", None) or error
         return self._refused(f"cannot be used ({reason})")
 
-    def _lock(self) -> bool:
-        """Take the lock; return whether it is one that a killed run left."""
+    def _lock(self) -> bytes | None:
+        """Take the lock; return what was in it, None if there was none."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):
             os.mkdir(self.path, 0o700)
@@ -118,15 +130,16 @@ class LogDirectory:
         except (BlockingIOError, FileNotFoundError) as error:
             why = "is in use by another process or another cache"
             raise self._refused(why) from error
-        if (content := os.pread(fd, 99, 0)) not in (b"", MAGIC):
-            raise self._foreign("lock")
         if made:
             self._undo.callback(os.unlink, lock)
             write_all(fd, MAGIC, 0)
-        # An empty one that was there may be of others, and stays.
-        return content == MAGIC
+            return None
+        content = os.pread(fd, 99, 0)
+        if not MAGIC.startswith(content):
+            raise self._foreign("lock")
+        return content
 
-    def _sweep(self, found_lock: bool) -> None:
+    def _sweep(self, found_lock: bytes | None) -> None:
         """Delete what a killed run left. Raises OptionError if anything is not ours."""
         stale = []
         for path in self.path.iterdir():
@@ -137,9 +150,11 @@ class LogDirectory:
             with open(path, "rb") as file:
                 head = file.read(len(MAGIC))
             # A run that was killed early leaves less of a file; but its lock too.
-            if head != MAGIC and not (found_lock and MAGIC.startswith(head)):
+            early = found_lock is not None and MAGIC.startswith(head)
+            if head != MAGIC and not early:
                 raise self._foreign(path.name)
             stale.append(path)
+        # An empty one may be of others, and stays.
         if found_lock:
             self._undo.callback(os.unlink, self.path / "lock")
         for path in stale:

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from ...errors import OptionError
+from ...errors import OptionError, TovaError
 from ...evaluation.lines import read_text
+from ...evaluation.results import shown
 from ...progress import Bar
 from ..options import in_options
 from .options import check_settings, quantised
@@ -49,7 +51,7 @@ def begin(
     if text is not None:
         written = read_text(text)
         digest = sha256(written.encode()).hexdigest()[:16]
-        common = {"text": text.stem, "text_sha256": digest}
+        common = {"text": shown(text.stem), "text_sha256": digest}
     from ...evaluation.budgets import tokens_kept
     from ...evaluation.plots import pyplot
 
@@ -132,7 +134,6 @@ class Evaluation:
     def run(self, *, as_json: bool) -> None:
         """Measure what is missing, draw as it goes on, and print all at the end."""
         done: list[Any] = []
-        picture: Path | None = None
         figure = self.results.directory / f"{self.name}.png"
         drawn = time.monotonic()
         try:
@@ -142,10 +143,13 @@ class Evaluation:
                     if time.monotonic() - drawn > _REDRAWN:
                         self.plot(done, figure)
                         drawn = time.monotonic()
-        finally:
-            # Of a run that was stopped, too.
+        except BaseException:
+            # Of a run that was stopped, too; what stopped it is what is said.
             if done:
-                picture = self.plot(done, figure)
+                with suppress(TovaError):
+                    self.plot(done, figure)
+            raise
+        picture = self.plot(done, figure) if done else None
         if as_json:
             files = {"path": str(self.results.path), "plot": picture and str(picture)}
             click.echo(json.dumps({**self.to_json(done), **files}))

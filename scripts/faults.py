@@ -1,0 +1,173 @@
+"""Every command disturbed: killed, on a full disk, by Ctrl-C, in odd surroundings.
+
+    python scripts/faults.py [--only kill] [--steps 8] [--out results/trust/faults.json]
+
+Runs the commands themselves, each in a fresh process, with a tiny random model. Those
+that write files are disturbed at their n-th step of work on files (`tests/faulty`) by
+kill -9, a disk that is full from then on, or Ctrl-C, and then started again: nothing
+that was there may be lost, nothing half written taken for whole, and the next start
+has to leave just what an undisturbed one leaves. Real full and read-only file systems
+and users without a home need root on Linux, and are left out, with a word, elsewhere.
+Streams that are closed or full, locales of ASCII, missing directories and signals: a
+clear end with the right exit code, never a traceback.
+
+Prints a line for each fault and command as it goes on, and a JSON object as the last
+line. Exit code 1 if anything failed.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from common import provenance
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import fault_ends as ends
+from fault_serve import SERVING, TERMINAL
+from fault_writers import WRITERS, Undisturbed, chosen_steps, disturb
+from faults import Place
+
+from tova_mlx.tables import table
+
+# Of a command's time, when Ctrl-C comes.
+MOMENTS = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9)
+# Pages that a real disk has left.
+PAGES = (1, 3, 12)
+
+# What is tried: a fault, a command, and what each try finds wrong.
+Try = tuple[str, str, Callable[[], list[str]]]
+
+
+def steps_disturbed(place: Place, kind: str, most: int) -> Iterator[Try]:
+    """Disturb every writer at its steps."""
+    said = {"kill": "kill -9", "full": "disk full", "interrupt": "Ctrl-C"}[kind]
+    for writer in WRITERS:
+        calm = Undisturbed.of(place, writer)
+        for at in chosen_steps(calm.steps, most):
+            yield (
+                f"{said} while writing",
+                writer.name,
+                lambda w=writer, c=calm, n=at: [
+                    f"step {n} ({c.steps[n].split('/wörk/')[-1]}): {problem}"
+                    for problem in disturb(place, w, c, kind, n)
+                ],
+            )
+
+
+def disks(place: Place) -> Iterator[Try]:
+    """Real file systems that are full or read-only, and another user."""
+    for writer in WRITERS:
+        calm = Undisturbed.of(place, writer)
+        for pages in PAGES:
+            yield (
+                "real full disk",
+                writer.name,
+                lambda w=writer, c=calm, n=pages: ends.fill_disk(place, w.name, c, n),
+            )
+        how = (place, writer.name, calm)
+        yield "read-only disk", writer.name, lambda how=how: ends.read_only(*how)
+        yield "directory of others", writer.name, lambda how=how: ends.by_nobody(*how)
+
+
+def endings(place: Place) -> Iterator[Try]:
+    """Streams and surroundings."""
+    for ending in ends.ENDINGS:
+        if ending.needs_root and not ends.can_mount():
+            continue
+        for command in ending.commands:
+            yield (
+                ending.name,
+                command,
+                lambda e=ending, c=command: ends.end(place, e, c),
+            )
+
+
+def signals(place: Place) -> Iterator[Try]:
+    """Ctrl-C at some moments of each command; a server and a terminal."""
+    for name, words in ends.COMMANDS.items():
+        if name == "--help":
+            continue
+        place.clear()
+        begun = time.perf_counter()
+        place.run(words, ends.SAID)
+        seconds = time.perf_counter() - begun
+        for moment in MOMENTS:
+
+            def press(words: str = words, at: float = moment * seconds) -> list[str]:
+                place.clear()
+                done = ends.send(place, words, ends.SIGINT, ends.after(at))
+                return ends.wrong_after_interrupt(done)
+
+            yield "Ctrl-C at some moment", name, press
+    for fault, attempt in {**SERVING, **TERMINAL}.items():
+        name = "serve" if fault in SERVING else "chat in a terminal"
+        yield fault, name, lambda attempt=attempt: attempt(place)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parts: dict[str, Callable[[Place], Iterator[Try]]] = {
+        "kill": lambda place: steps_disturbed(place, "kill", args.steps),
+        "full": lambda place: steps_disturbed(place, "full", args.steps // 2),
+        "interrupt": lambda place: steps_disturbed(place, "interrupt", args.steps // 2),
+        "disks": disks,
+        "ends": endings,
+        "signals": signals,
+    }
+    parser.add_argument("--only", choices=parts, action="append")
+    parser.add_argument("--steps", type=int, default=8, help="at most, per command")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    begun = time.perf_counter()
+    found: dict[tuple[str, str], list[list[str]]] = {}
+    left_out = []
+    with tempfile.TemporaryDirectory(prefix="tova_mlx-faults-") as root:
+        # Others shall get in, for a user who is not this one.
+        Path(root).chmod(0o755)
+        place = Place(Path(root))
+        for part in args.only or parts:
+            if part == "disks" and not ends.can_mount():
+                left_out.append("disks: mounting needs root on Linux")
+                continue
+            for fault, command, attempt in parts[part](place):
+                problems = [problem.replace(root, "…") for problem in attempt()]
+                found.setdefault((fault, command), []).append(problems)
+                said = "; ".join(problems) or "survived"
+                print(f"{fault}, {command}: {said}", file=sys.stderr, flush=True)
+    rows = [_row(fault, command, tries) for (fault, command), tries in found.items()]
+    names = ("fault", "command", "tries", "survived")
+    lines = [names, *(tuple(row[name] for name in names) for row in rows)]
+    print(table(lines, "< < > >"))
+    report = {
+        "tries": sum(row["tries"] for row in rows),
+        "survived": sum(row["survived"] for row in rows),
+        "left_out": left_out,
+        "rows": rows,
+        "seconds": round(time.perf_counter() - begun),
+        **provenance(),
+    }
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(report))
+    sys.exit(report["survived"] < report["tries"])
+
+
+def _row(fault: str, command: str, tries: list[list[str]]) -> dict[str, Any]:
+    return {
+        "fault": fault,
+        "command": command,
+        "tries": len(tries),
+        "survived": sum(not problems for problems in tries),
+        "failures": [problem for problems in tries for problem in problems],
+    }
+
+
+if __name__ == "__main__":
+    main()
