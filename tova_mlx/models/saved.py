@@ -25,11 +25,14 @@ from ..caches.lockstep import keep_together
 from ..errors import CacheStateError
 from ..hooks.layers import leaves
 from ..storage.entries import arrays_of
+from . import tensor_file
 from .report import trace
 
 _SUFFIX = ".safetensors"
 # Files of earlier versions have another one, which said less, under "tova_mlx_model".
 _FINGERPRINT = "tova_mlx_weights"
+# mlx-lm's own files have none, nor have those of earlier versions.
+_SUM = "tova_mlx_sum"
 # Words of 8 bytes in a row of `_sums`, so that two rows of sums stay in a core's
 # cache; and rows that are summed before the sums are read.
 _WORDS, _ROWS = 8192, 4096
@@ -66,7 +69,7 @@ def save_prompt_cache(
     Raises CacheStateError if the file cannot be written; what was there stays.
     """
     path = prompt_path(path)
-    metadata = dict(metadata or {})
+    metadata = {**(metadata or {}), _SUM: tensor_file.UNSUMMED}
     if model is not None:
         metadata[_FINGERPRINT] = fingerprint(model)
     try:
@@ -75,6 +78,7 @@ def save_prompt_cache(
             written = Path(place) / f"prompt{_SUFFIX}"
             here = [_in_memory(c) for c in cache]
             mlx_lm_cache.save_prompt_cache(str(written), here, metadata)
+            tensor_file.write_sum(written, _SUM)
             os.replace(written, path)
     except (OSError, RuntimeError, ValueError) as error:
         raise CacheStateError(
@@ -186,18 +190,22 @@ def _readable(path: Path, stack: ExitStack) -> str:
 
 def _read(name: str) -> tuple[list[Any], dict[str, str]]:
     """What mlx-lm reads, of a file that it can read. Raises anything."""
-    found: Any = mx.load(name, return_metadata=True)
-    for names in found:
-        _check_names(names)
+    names, texts = tensor_file.check(name)
+    if (told := texts.get(f"0.{_SUM}")) is not None:
+        tensor_file.check_sum(name, _SUM, told)
+    _check_names(names)
+    _check_names(texts)
     loaded: Any = mlx_lm_cache.load_prompt_cache(name, return_metadata=True)
     caches, metadata = loaded
-    kinds = sum(n.startswith("1.") for n in found[1])
-    layers = {n.split(".")[0] for n in found[0]}
+    kinds = sum(n.startswith("1.") for n in texts)
+    layers = {n.split(".")[0] for n in names}
     if len(caches) != kinds or not layers <= {str(i) for i in range(kinds)}:
         raise ValueError(f"not the arrays of {kinds} caches")
     if not all(hasattr(c, "state") and hasattr(c, "empty") for c in caches):
         raise ValueError("not all are caches")
-    return caches, dict(metadata) if isinstance(metadata, dict) else {}
+    metadata = dict(metadata) if isinstance(metadata, dict) else {}
+    metadata.pop(_SUM, None)
+    return caches, metadata
 
 
 def _check_names(names: Iterable[str]) -> None:
