@@ -58,9 +58,10 @@ class Past(Sparse):
         if i in self.items:
             return self.items[i]
         held = [[h for h in held if h.position < i] for held in self.held]
+        there = [{h.position for h in here} for here in held]
         evicted = [
-            {p: s for p, s in known.items() if p not in {h.position for h in here}}
-            for known, here in zip(self.evicted, held, strict=True)
+            {p: s for p, s in known.items() if p < i and p not in here}
+            for known, here in zip(self.evicted, there, strict=True)
         ]
         return max(0, i - self.shift), copy.deepcopy(held), evicted
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelLoadError
+from ..errors import ModelLoadError, reason_of
 from ..models.demo import DEMO_MODELS, demo_model_path
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -76,7 +76,7 @@ def load_with(
     except Exception as error:
         # Anything may come out of a damaged file; the reason is all a user can use.
         raise ModelLoadError(
-            f"--model: cannot load {path} ({_first_line(error)}). A file may be "
+            f"--model: cannot load {path} ({reason_of(error)}). A file may be "
             "missing or cut off: get or convert the model again."
         ) from error
     return loaded
@@ -93,11 +93,6 @@ def directory(model: str | None) -> str:
         return str(_download(name))
     except Exception as error:
         raise ModelLoadError(
-            f"--model {name}: cannot get it from the hub ({_first_line(error)}). "
+            f"--model {name}: cannot get it from the hub ({reason_of(error)}). "
             "Check the name and the network, or give a local directory."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -22,7 +22,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from ..caches.layer import PolicyKVCache, register
 from ..caches.lockstep import keep_together
-from ..errors import CacheStateError
+from ..errors import CacheStateError, reason_of
 from ..hooks.layers import leaves
 from ..storage.entries import arrays_of
 from . import tensor_file
@@ -38,6 +38,8 @@ _SUM = "tova_mlx_sum"
 _WORDS, _ROWS = 8192, 4096
 # Entries of all lists in a file: a million are those of thousands of layers.
 _LONGEST = 1 << 20
+# Parts of a name: those of caches in lists, and of their entries, have a few.
+_DEEPEST = 16
 
 
 def prompt_path(name: str | os.PathLike[str]) -> Path:
@@ -122,9 +124,8 @@ def load_prompt_cache(
         raise CacheStateError(f"{path}: {error}") from error
     except Exception as error:
         # Anything may come out of a damaged file.
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CacheStateError(
-            f"{path}: not a whole saved prompt ({reason[0][:200]}). Save it again."
+            f"{path}: not a whole saved prompt ({reason_of(error)}). Save it again."
         ) from error
     if model is not None:
         _check_fits(path, caches, metadata, model)
@@ -209,10 +210,15 @@ def _read(name: str) -> tuple[list[Any], dict[str, str]]:
 
 
 def _check_names(names: Iterable[str]) -> None:
-    """ValueError for names that mlx-lm would make lists far longer than them of."""
+    """ValueError for names of which mlx-lm would make far larger lists than they are.
+
+    Deep ones, too: what is below each part of a name is copied.
+    """
     longest: dict[str, int] = {}
     for name in names:
         parts = name.split(".")
+        if len(parts) > _DEEPEST:
+            raise ValueError(f"a name of {len(parts)} parts")
         for i, part in enumerate(parts):
             above = ".".join(parts[:i])
             with suppress(ValueError):

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..errors import CacheStateError
+from ..errors import CacheStateError, reason_of
 from ..policies import POLICIES, Rule, resolve_options
 from .entries import Entries, first_slots, gather, is_plain
 from .fields import positions_by_age
@@ -110,8 +110,8 @@ def from_state(state: tuple[Any, ...]) -> tuple[Slots, dict[str, Any]]:
             slots.recall = fill_recall(recall, kept, slots)
     except _WRONG as error:
         raise CacheStateError(
-            f"This is not the state of a tova_mlx cache ({error}). Make it again "
-            "with this version."
+            f"This is not the state of a tova_mlx cache ({reason_of(error)}). Make it "
+            "again with this version."
         ) from error
     return slots, how
 
@@ -121,7 +121,7 @@ def _rule(given: dict[str, Any]) -> Rule:
     name = given["policy"]
     if isinstance(name, str) and name not in POLICIES:
         raise CacheStateError(
-            f"The cache was made with policy {name!r}, which is not known here. "
+            f"The cache was made with policy {name[:80]!r}, which is not known here. "
             "Install the package that has it, or use register_policy."
         )
     options = {option: given[option] for option in POLICIES[name].options or ()}
@@ -151,9 +151,14 @@ def _check(slots: Slots) -> None:
 
 def _check_shapes(slots: Slots, keys: Entries, values: Entries) -> None:
     rule, shape = slots.rule, keys.shape[:3]
+    if not slots.offset:
+        raise ValueError("keys, but no tokens were seen")
     # A model may keep values of no width, where keys say everything.
     if values.shape[:3] != shape or 0 in keys.shape:
         raise ValueError(f"keys {keys.shape}, values {values.shape}")
+    rotation = slots.renumbering and slots.renumbering.rotation
+    if rotation and rotation.dims > keys.shape[3]:
+        raise ValueError(f"a rotation of {rotation.dims} numbers of {keys.shape[3]}")
     plain = [e for e in (keys, values) if is_plain(e)]
     if len({e.dtype for e in plain}) > 1:
         raise ValueError(" and ".join(f"entries of {e.dtype}" for e in plain))
