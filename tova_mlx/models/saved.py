@@ -26,6 +26,7 @@ from ..errors import CacheStateError, reason_of
 from ..hooks.layers import leaves
 from ..storage.entries import arrays_of
 from . import tensor_file
+from .own_caches import check_own
 from .report import trace
 
 _SUFFIX = ".safetensors"
@@ -202,11 +203,19 @@ def _read(name: str) -> tuple[list[Any], dict[str, str]]:
     layers = {n.split(".")[0] for n in names}
     if len(caches) != kinds or not layers <= {str(i) for i in range(kinds)}:
         raise ValueError(f"not the arrays of {kinds} caches")
-    if not all(hasattr(c, "state") and hasattr(c, "empty") for c in caches):
-        raise ValueError("not all are caches")
+    _check_kinds(caches)
     metadata = dict(metadata) if isinstance(metadata, dict) else {}
     metadata.pop(_SUM, None)
     return caches, metadata
+
+
+def _check_kinds(caches: list[Any]) -> None:
+    """ValueError, TypeError for what is not a cache, or is one that cannot be."""
+    for cache in caches:
+        if not isinstance(cache, PolicyKVCache):
+            check_own(cache)
+        if isinstance(cache, mlx_lm_cache.CacheList):
+            _check_kinds(cache.caches)
 
 
 def _check_names(names: Iterable[str]) -> None:
@@ -272,13 +281,23 @@ def _what(cache: Any) -> str:
     kind = type(cache).__name__
     if hasattr(cache, "caches"):
         return f"{kind}({', '.join(map(_what, cache.caches))})"
+    if isinstance(cache, mlx_lm_cache.RotatingKVCache):
+        return f"{kind}(max_size={cache.max_size}, keep={cache.keep})"
+    if isinstance(cache, mlx_lm_cache.ChunkedKVCache):
+        return f"{kind}(chunk_size={cache.chunk_size})"
+    if isinstance(cache, mlx_lm_cache.ArraysCache):
+        return f"{kind}({len(cache.cache)})"
     if not isinstance(cache, PolicyKVCache):
         return kind
     return f"{kind}({cache.options.describe()}, prefill={cache.prefill})"
 
 
 def _shapes(cache: Any) -> str | None:
-    """What the keys and values of a token are."""
+    """What the keys and values of a token are, or a state of one size."""
+    if isinstance(cache, mlx_lm_cache.ArraysCache):
+        # The second axis is that of the last tokens in some models.
+        shapes = [["…", *a.shape[2:]] for a in cache.cache if a is not None]
+        return f"arrays {shapes}"
     said = []
     for name in ("keys", "values"):
         entries: Any = getattr(cache, name, None)

@@ -17,11 +17,9 @@ from .formats import Storage
 from .recall_state import empty_recall, fill_recall, recall_to_state
 from .rotation import Renumbering
 from .slots import Slots
-from .state_entries import check_finite, from_arrays, is_array, to_arrays
+from .state_entries import check_finite, from_arrays, is_array, is_count, to_arrays
 
 _VERSION = 1
-# Positions are int32, and there must be some left to go on with.
-_MOST_TOKENS = 2**31 - 2**20
 # What may come out of a tuple that is not a state.
 _WRONG = (
     TypeError,
@@ -134,10 +132,8 @@ def _rule(given: dict[str, Any]) -> Rule:
 def _check(slots: Slots) -> None:
     """Raise ValueError unless reading some text could have made these slots."""
     offset = slots.offset
-    if isinstance(offset, bool) or not isinstance(offset, int):
+    if not is_count(offset):
         raise ValueError(f"{offset!r} tokens seen")
-    if not 0 <= offset < _MOST_TOKENS:
-        raise ValueError(f"{offset} tokens seen")
     if slots.keys is None or slots.values is None:
         if offset or any(a is not None for a in slots.arrays):
             raise ValueError("no keys")
