@@ -8,13 +8,14 @@ import copy
 from dataclasses import replace
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 from machine import LAYERS, Setup, World, plain
 from oracle import Held, Token
 
 from tova_mlx import PolicyKVCache
 from tova_mlx.caches.lockstep import keep_together
-from tova_mlx.storage.entries import gather
+from tova_mlx.storage.entries import dequantized, gather
 
 # What came long ago, as an oracle counts the steps at which tokens were evicted.
 LONG_AGO = -(10**9)
@@ -66,9 +67,11 @@ class Past(Sparse):
         return max(0, i - self.shift), copy.deepcopy(held), evicted
 
 
-def adopt(cache: PolicyKVCache, setup: Setup) -> World:
-    """A world of one cache. setup: of the heads and widths that it will be fed."""
-    check_held(cache)
+def world_of(cache: PolicyKVCache, setup: Setup) -> World:
+    """A world of one cache without oracles.
+
+    setup: of the heads and widths that it will be fed.
+    """
     world = World.__new__(World)
     slots = cache.slots
     world.setup = replace(
@@ -82,6 +85,12 @@ def adopt(cache: PolicyKVCache, setup: Setup) -> World:
     world.storages, world.next_uid = [slots.storage] * LAYERS, 0
     world.caches, world.floor = [cache], cache.seen
     keep_together(world.caches)
+    return world
+
+
+def adopt(cache: PolicyKVCache, setup: Setup) -> World:
+    """The world of a cache, with oracles that go on from what it holds."""
+    world = world_of(cache, setup)
     rows = range(world.setup.batch)
     world.oracles = [[Adoption(world, cache, row).oracle for row in rows]]
     return world
@@ -98,7 +107,7 @@ def check_held(cache: PolicyKVCache) -> None:
     assert positions.min() >= 0
     assert positions.max() < cache.seen
     for rows in cache.keys_and_values():
-        assert np.isfinite(plain(rows).astype(np.float64)).all()
+        assert mx.isfinite(dequantized(rows)).all().item()
 
 
 class Adoption:

@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from adopted import adopt, check_held
+from adopted import adopt, check_held, world_of
 from hostile import RIGHT, Kind, Outcome, mutated_bytes, refused
 from machine import LAYERS, Setup, World, plain
 from mlx.utils import tree_flatten
@@ -24,6 +24,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from tova_mlx import PolicyKVCache, load_prompt_cache, save_prompt_cache
 from tova_mlx.caches.lockstep import keep_together
 from tova_mlx.errors import TovaError
+from tova_mlx.storage.entries import dequantized
 
 # Every policy, bits, batch, compact positions, journal, recall; and how much was read.
 SETUPS = [
@@ -42,6 +43,7 @@ SETUPS = [
     (Setup("fade", 6, (("granularity", "head"),), kv_bits=8), [13, 1]),
     (Setup("h2o", 8, heads=(3, 3)), [15, 1]),
     (Setup("h2o", 8, batch=2), [5]),
+    (Setup("tova", 6, (("value_weighted", True),)), [11, 1, 1]),
     (Setup("vatp", 6), [13, 1]),
     (Setup("vatp", 9, (("n_sinks", 0), ("n_recent", 2)), recall=16), [33, 1]),
     (Setup("keydiff", 6), [14, 1]),
@@ -138,28 +140,32 @@ class SavedCaches:
                 go_on(world, dice)
                 return Outcome(how, RIGHT, "whole")
             for cache in caches[:LAYERS]:
-                world = adopt(cache, whole.world.setup)
+                assert isinstance(cache, PolicyKVCache), type(cache)
+                check_held(cache)
                 if fits(cache, whole.world.setup):
-                    go_on(world, dice)
+                    go_on(adopt(cache, whole.world.setup), dice)
                 else:
-                    go_on_alone(world)
+                    go_on_alone(world_of(cache, whole.world.setup))
         except TovaError as error:
             return refused(how, error)
         return Outcome(how, RIGHT, "another")
 
 
-def fits(cache: Any, setup: Setup) -> bool:
+def fits(cache: PolicyKVCache, setup: Setup) -> bool:
     """Whether the oracle's world can feed a cache: not another rotation than its own.
 
-    Nor numbers so large that sums of them are not near to the same in float32.
+    Nor another type, or numbers so large that float32 is far from what they come to.
     """
-    assert isinstance(cache, PolicyKVCache), type(cache)
-    when = cache.slots.renumbering
+    when, slots = cache.slots.renumbering, cache.slots
     own = setup.make().slots.renumbering
     if (when and when.rotation) != (own and own.rotation):
         return False
-    entries = [] if cache.empty() else cache.keys_and_values()
-    return all(np.abs(plain(e)).max(initial=0) < 40 for e in entries)
+    arrays = [a for a in (slots.scores, slots.value_norms) if a is not None]
+    recall = slots.recall
+    for rows in (slots, recall and recall.archive, recall and recall.joined()):
+        if rows is not None and rows.keys is not None:
+            arrays += map(dequantized, (rows.keys, rows.values))
+    return all(a.dtype == mx.float32 and mx.abs(a).max() < 16 for a in arrays)
 
 
 def go_on_alone(world: World) -> None:

@@ -13,9 +13,9 @@ from statistics import median, quantiles
 from typing import Any
 
 import mlx.nn as nn
-from mlx_lm.models.cache import load_prompt_cache
 
 from ..evaluation.results import Results, Setting
+from ..models.saved import load_prompt_cache
 from .baselines import FULL, ROTATING
 from .bound import bandwidth, milliseconds, weights_read
 from .cases import bytes_read, caches_of, can_fill, fill
@@ -229,7 +229,7 @@ class Bench:
                 if setting == FULL and fillable:
                     cases.append(Case(setting, context, whole, resets=True))
                 else:
-                    caches: Any = load_prompt_cache(str(job.file(context)))
+                    caches, _ = load_prompt_cache(job.file(context))
                     cases.append(Case(setting, context, caches))
         return cases
 

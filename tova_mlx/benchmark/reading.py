@@ -5,7 +5,6 @@ from one context length to the next: the peak when it has read `context` tokens 
 of a process that stops there.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,12 +13,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import save_prompt_cache
 
 from ..evaluation.reading import read
 from ..evaluation.results import Setting
 from ..hooks.layers import leaves
 from ..models.budget import weights_bytes
+from ..models.saved import save_prompt_cache
 from .baselines import FULL
 from .cases import caches_of, can_fill, fill
 from .decoding import decode
@@ -163,9 +162,7 @@ def _warm_up(model: nn.Module, job: Job, tokens: mx.array) -> None:
 
 def _save(caches: Sequence[Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new.safetensors")
-    save_prompt_cache(str(new), list(caches))
-    os.replace(new, path)
+    save_prompt_cache(path, list(caches))
 
 
 def only(job: Job, contexts: Sequence[int]) -> Job:

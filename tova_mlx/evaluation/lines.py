@@ -25,20 +25,37 @@ class Lines:
     """The objects in a file, which need not be there.
 
     A line that a killed run left unfinished is dropped, from the file too.
+
+    Raises ValueError, OSError: the file holds something else, and stays as it is.
     """
 
     def __init__(self, path: Path):
         self.path = path
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a file")
         text = path.read_text(encoding="utf-8") if path.exists() else ""
-        *self._lines, unfinished = text.split("\n")
+        *lines, unfinished = text.split("\n")
+        self._objects = [_object(line) for line in lines]
         if unfinished:
-            new = path.with_suffix(".new")
-            new.write_text("".join(f"{x}\n" for x in self._lines), encoding="utf-8")
-            os.replace(new, path)
+            self._finish(lines, unfinished)
 
-    def __iter__(self) -> Iterator[Any]:
-        """What was there. Raises ValueError at a line that is no JSON."""
-        return map(json.loads, self._lines)
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """What was there."""
+        return iter(self._objects)
+
+    def _finish(self, lines: list[str], unfinished: str) -> None:
+        """Leave whole lines in the file."""
+        if not unfinished.startswith("{"):
+            raise ValueError(f"{unfinished[:40]!r}")
+        try:
+            self._objects.append(_object(unfinished))
+            lines = [*lines, unfinished]
+        except ValueError:
+            # Killed before it was written to its end.
+            pass
+        new = self.path.with_suffix(".new")
+        new.write_text("".join(f"{x}\n" for x in lines), encoding="utf-8")
+        os.replace(new, self.path)
 
     def add(self, values: dict[str, Any], *, ensure_ascii: bool = True) -> str:
         """Append an object, on the disk when this returns; its line."""
@@ -48,3 +65,14 @@ class Lines:
             file.flush()
             os.fsync(file.fileno())
         return line
+
+
+def _object(line: str) -> dict[str, Any]:
+    """Raises ValueError."""
+    try:
+        found = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("lists in lists without end") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{line[:40]!r}")
+    return found

@@ -130,12 +130,15 @@ class Perplexity:
         return self.results.directory / "losses" / self.results.name / f"{name}.npy"
 
     def _saved(self, setting: Setting) -> Losses | None:
-        path = self._path(setting)
-        if not path.is_file():
-            return None
-        losses = np.load(path)
         shape = (len(self.windows), self.windows.shape[1] - 1)
-        return losses if losses.shape == shape else None
+        try:
+            # A map has no more than the file, whatever its header says.
+            losses = np.array(np.load(self._path(setting), mmap_mode="r"))
+        except Exception:
+            # Anything may come out of a damaged file: they are measured again.
+            return None
+        whole = losses.shape == shape and losses.dtype == np.float32
+        return losses if whole and np.isfinite(losses).all() else None
 
     def _save(self, setting: Setting, losses: Losses) -> None:
         path = self._path(setting)

@@ -14,8 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from ..errors import EvaluationError
+from ..errors import EvaluationError, reason_of
 from .lines import Lines
+from .rows import ROWS, check
 
 # What `kv_bits` has for keys and for values.
 Bits: TypeAlias = tuple[int | str, int | str]
@@ -135,17 +136,18 @@ class Results:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._lines = Lines(self.path)
+            self._rows = list(self._lines)
+            for row in self.rows():
+                check(row, ROWS)
         except OSError as error:
             raise EvaluationError(
                 f"--out {directory}: cannot be used ({error.strerror}). Name a "
                 "directory that can be written."
             ) from error
-        try:
-            self._rows = [dict(row) for row in self._lines]
         except ValueError as error:
             raise EvaluationError(
                 f"{self.path} holds something that is no row of an evaluation "
-                f"({error}). Name another --out, or move it away."
+                f"({reason_of(error)}). Name another --out, or move it away."
             ) from error
 
     def rows(self, **values: Any) -> list[dict[str, Any]]:

@@ -267,13 +267,16 @@ def _end(positions: Any, n: int, offset: int) -> bool:
 
 def _check_numbers(slots: Slots) -> None:
     """What ranks tokens, and entries: an infinite one spoils all that follows."""
-    slot = np.arange(slots.taken)
-    victim = -1 if slots.victim is None else np.array(slots.victim).astype(np.int64)
-    held = slot != victim
-    for name, least in (("scores", -np.inf), ("value_norms", 0.0)):
-        if (array := getattr(slots, name)) is not None:
-            known = np.array(array)[..., : slots.taken]
-            if not (~held | (np.isfinite(known) & (known >= least))).all():
-                raise ValueError(f"{name} that are not numbers")
+    if slots.value_norms is not None:
+        # The victim's too: it comes back if the newest token is taken back.
+        norms = np.array(slots.value_norms)[..., : slots.taken]
+        if not (np.isfinite(norms) & (norms >= 0)).all():
+            raise ValueError("value_norms that are not numbers")
+    if slots.scores is not None:
+        slot = np.arange(slots.taken)
+        victim = -1 if slots.victim is None else np.array(slots.victim).astype(np.int64)
+        scores = np.array(slots.scores)[..., : slots.taken]
+        if not ((slot == victim) | np.isfinite(scores)).all():
+            raise ValueError("scores that are not numbers")
     check_finite(slots.keys, slots.taken)
     check_finite(slots.values, slots.taken)
