@@ -9,6 +9,7 @@ together anew and has no checksum, it must be a cache that the oracle can go on 
 import copy
 import json
 import random
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,9 @@ def go_on_alone(world: World) -> None:
         for outputs in world.forward(world.caches, rows, None):
             assert all(np.isfinite(a).all() for a in outputs)
         check_held(world.caches[0])
-    world.store("ours")
+    with tempfile.TemporaryDirectory() as place:
+        path = save_prompt_cache(Path(place) / "a", world.caches)
+        check_held(load_prompt_cache(path)[0][0])
 
 
 def go_on(world: World, dice: random.Random) -> None:

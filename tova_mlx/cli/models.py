@@ -66,13 +66,23 @@ def load_with(
     precision is slower there.
     """
     import mlx.core as mx
+    from mlx_lm.models.cache import make_prompt_cache
+
+    from ..models.model_files import check_files
+    from ..models.report import trace
+    from ..models.vocabulary import check_tokenizer
 
     try:
+        check_files(path)
         loaded = loader(path, *arguments, **options)
         if not mx.metal.is_available():
             loaded[0].set_dtype(mx.float32)
         # Now, and in this thread: the server generates in another.
         mx.eval(loaded[0].parameters())
+        # What files say wrongly may come out with the first token only.
+        trace(loaded[0], make_prompt_cache(loaded[0]))
+        loaded[1].decode(loaded[1].encode("a"))
+        check_tokenizer(loaded[0], loaded[1])
     except Exception as error:
         # Anything may come out of a damaged file; the reason is all a user can use.
         raise ModelLoadError(

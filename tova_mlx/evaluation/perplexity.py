@@ -183,7 +183,7 @@ def _draw_values(
 
 
 def _change(row: dict[str, Any]) -> dict[str, Any]:
-    error = row["ratio_to_full_stderr"]
+    error = row.get("ratio_to_full_stderr")
     change = 100 * (row["ratio_to_full"] - 1)
     return {**row, "value": change, "stderr": None if error is None else 100 * error}
 
