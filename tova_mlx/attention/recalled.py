@@ -49,12 +49,14 @@ class Recalled(NamedTuple):
 def recall(
     queries: mx.array, archive: Archive | DiskArchive, n: int
 ) -> tuple[Recalled, mx.array]:
-    """Attend to the n archived rows that each query attends to most.
+    """Attend to the n archived rows that each query attends to most, or to all rows.
 
     queries: [B, n_heads, L, head_dim], scaled; n: a multiple of 16. Those of one token
     in the heads of a KV head choose together. Returns the positions that each read,
-    too, whether the archive has a row there or not: int32 [B, n_kv_heads, L, n].
+    too, whether the archive has a row there or not: int32 [B, n_kv_heads, L, n], n no
+    more than the positions that it has room for.
     """
+    n = min(n, archive.room)
     batch, n_heads, length, width = queries.shape
     heads = archive.n_kv_heads
     asked = queries.astype(mx.float32)

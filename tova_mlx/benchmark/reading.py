@@ -13,13 +13,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import save_prompt_cache
 
 from ..evaluation.reading import read
 from ..evaluation.results import Setting
-from ..files import written_whole
 from ..hooks.layers import leaves
 from ..models.budget import weights_bytes
+from ..models.saved import save_prompt_cache
+from ..models.vocabulary import vocabulary_size
 from .baselines import FULL
 from .cases import caches_of, can_fill, fill
 from .decoding import decode
@@ -142,11 +142,8 @@ def read_contexts(
 
 def random_tokens(model: nn.Module, n: int, seed: int) -> mx.array:
     """Tokens [1, n] from the model's vocabulary; what is read costs the same."""
-    kinds = (nn.Embedding, nn.QuantizedEmbedding)
-    tables: Any = [m for m in model.modules() if isinstance(m, kinds)]
-    vocabulary = max((m["weight"].shape[0] for m in tables), default=2)
     mx.random.seed(seed)
-    tokens = mx.random.randint(0, vocabulary, (1, n))
+    tokens = mx.random.randint(0, vocabulary_size(model) or 2, (1, n))
     mx.eval(tokens)
     return tokens
 
@@ -163,8 +160,7 @@ def _warm_up(model: nn.Module, job: Job, tokens: mx.array) -> None:
 
 def _save(caches: Sequence[Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as written:
-        save_prompt_cache(str(written), list(caches))
+    save_prompt_cache(path, list(caches))
 
 
 def only(job: Job, contexts: Sequence[int]) -> Job:

@@ -15,7 +15,7 @@ from mlx_lm.models.base import create_causal_mask
 from ..attention.arguments import AttentionArgs
 from ..attention.block import attend_again
 from ..attention.sharing import Shared
-from ..errors import CacheStateError, OptionError
+from ..errors import CacheStateError, OptionError, reason_of
 from ..eviction import window_mask
 from ..hooks import dispatcher, registration, trimming
 from ..storage.archive import Archive
@@ -215,7 +215,7 @@ class PolicyKVCache(HeldTokens):
         """
         if self._pending is not None:
             self._check_attended(self.seen - self._pending.offset)
-        check_entries(self.rule, self.keys, keys)
+        check_entries(self.rule, self.keys, keys, self.values, values)
         self.lockstep.enter(self)
         # Before anything is written: a second reference turns a write into a copy.
         self._shared.forget()
@@ -360,7 +360,7 @@ class PolicyKVCache(HeldTokens):
             )
         except OptionError as error:
             raise CacheStateError(
-                f"This is not the state of a tova_mlx cache ({error})."
+                f"This is not the state of a tova_mlx cache ({reason_of(error)})."
             ) from error
         self._configure(made, slots, how["shares"])
 

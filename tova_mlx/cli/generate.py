@@ -48,8 +48,10 @@ def generate(
 
     from ..models.conversion import make_prompt_cache
     from ..models.report import describe
+    from ..models.vocabulary import check_tokens
 
     tokens = _encode(tokenizer, text, options["no_chat_template"])
+    check_tokens(model, tokens)
     settle_size(model, options, journal=0)
     caches = make_prompt_cache(
         model,
@@ -117,13 +119,13 @@ def _read(prompt: str | None, prompt_file: Path | None) -> str:
 
 
 def _encode(tokenizer: Any, text: str, raw: bool) -> list[int]:
+    from ..hooks.template import rendered
+
     if raw or tokenizer.chat_template is None:
         tokens = list(tokenizer.encode(text))
     else:
         messages = [{"role": "user", "content": text}]
-        tokens = list(
-            tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        )
+        tokens = list(rendered(tokenizer, messages))
     if not tokens:
         raise PromptError("The prompt has no tokens. Give at least one word.")
     return tokens

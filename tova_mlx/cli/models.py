@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelLoadError
+from ..errors import ModelLoadError, reason_of
 from ..models.demo import DEMO_MODELS, demo_model_path
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -66,17 +66,27 @@ def load_with(
     precision is slower there.
     """
     import mlx.core as mx
+    from mlx_lm.models.cache import make_prompt_cache
+
+    from ..models.model_files import check_files
+    from ..models.report import trace
+    from ..models.vocabulary import check_tokenizer
 
     try:
+        check_files(path)
         loaded = loader(path, *arguments, **options)
         if not mx.metal.is_available():
             loaded[0].set_dtype(mx.float32)
         # Now, and in this thread: the server generates in another.
         mx.eval(loaded[0].parameters())
+        # What files say wrongly may come out with the first token only.
+        trace(loaded[0], make_prompt_cache(loaded[0]))
+        loaded[1].decode(loaded[1].encode("a"))
+        check_tokenizer(loaded[0], loaded[1])
     except Exception as error:
         # Anything may come out of a damaged file; the reason is all a user can use.
         raise ModelLoadError(
-            f"--model: cannot load {path} ({_first_line(error)}). A file may be "
+            f"--model: cannot load {path} ({reason_of(error)}). A file may be "
             "missing or cut off: get or convert the model again."
         ) from error
     return loaded
@@ -93,11 +103,6 @@ def directory(model: str | None) -> str:
         return str(_download(name))
     except Exception as error:
         raise ModelLoadError(
-            f"--model {name}: cannot get it from the hub ({_first_line(error)}). "
+            f"--model {name}: cannot get it from the hub ({reason_of(error)}). "
             "Check the name and the network, or give a local directory."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

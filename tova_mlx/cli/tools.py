@@ -12,7 +12,14 @@ from typing import Any
 
 import click
 
-from ..errors import EvaluationError, OptionError, TovaError, UnsupportedModelError
+from ..errors import (
+    EvaluationError,
+    OptionError,
+    PromptError,
+    TovaError,
+    UnsupportedModelError,
+    reason_of,
+)
 from .models import directory, load_with
 from .options import cache_arguments, settle_size
 
@@ -124,8 +131,10 @@ def replaced(place: Any, **attributes: Any) -> Iterator[None]:
 def _explained(tool: str) -> Iterator[None]:
     """Turn what a tool raises because of its user into one line.
 
-    Raises EvaluationError, OptionError; everything else stays what it is.
+    Raises EvaluationError, OptionError, PromptError; all else stays what it is.
     """
+    from jinja2 import TemplateError
+
     try:
         yield
     except EOFError:
@@ -137,6 +146,11 @@ def _explained(tool: str) -> Iterator[None]:
             raise
         raise EvaluationError(
             f"lm-eval: {error.args[0]}. `lm-eval ls tasks` names its tasks."
+        ) from error
+    except TemplateError as error:
+        raise PromptError(
+            f"mlx_lm.{tool}: the model's chat template does not take the conversation "
+            f"({reason_of(error)}). Use another model."
         ) from error
     except (ValueError, FileNotFoundError) as error:
         if isinstance(error, TovaError) or not _is_users(error):

@@ -6,9 +6,10 @@ A run that was killed goes on with the next example: what is there is not asked 
 from pathlib import Path
 from typing import Any
 
-from ..errors import EvaluationError
+from ..errors import EvaluationError, reason_of
 from .lines import Lines
 from .results import Setting
+from .rows import ANSWERS, check
 
 
 class Answers:
@@ -24,33 +25,33 @@ class Answers:
 
     def __init__(self, directory: Path, same: dict[str, Any]):
         self.path, self._same = directory / "answers.jsonl", same
+        self._known: dict[tuple[str, str, Setting], dict[str, Any]] = {}
         try:
             self._lines = Lines(self.path)
-        except OSError as error:
-            raise EvaluationError(
-                f"{self.path}: cannot be used ({error.strerror}). Name another --out."
-            ) from error
-        self._known: dict[tuple[str, Setting], dict[str, Any]] = {}
-        try:
             for answer in self._lines:
                 if all(answer[name] == value for name, value in same.items()):
+                    check(answer, ANSWERS)
                     self._remember(answer)
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise EvaluationError(
                 f"{self.path} holds something that is no answer of an evaluation "
-                f"({error}). Name another --out, or move it away."
+                f"({reason_of(error)}). Name another --out, or move it away."
             ) from error
 
-    def get(self, prompt: str, setting: Setting) -> dict[str, Any] | None:
-        """The answer to a prompt (its digest), or None."""
-        return self._known.get((prompt, setting))
+    def get(self, task: str, prompt: str, setting: Setting) -> dict[str, Any] | None:
+        """The answer to a task's prompt (its digest), or None."""
+        return self._known.get((task, prompt, setting))
 
-    def add(self, prompt: str, setting: Setting, **values: Any) -> dict[str, Any]:
+    def add(
+        self, task: str, prompt: str, setting: Setting, **values: Any
+    ) -> dict[str, Any]:
         """Append an answer and have it on the disk when this returns."""
-        answer = {"prompt": prompt, **setting.to_row(), **values, **self._same}
+        setting_row = setting.to_row()
+        answer = {"prompt": prompt, **setting_row, "task": task, **values, **self._same}
         self._lines.add(answer, ensure_ascii=False)
         self._remember(answer)
         return answer
 
     def _remember(self, answer: dict[str, Any]) -> None:
-        self._known[answer["prompt"], Setting.of(answer)] = answer
+        key = (answer["task"], answer["prompt"], Setting.of(answer))
+        self._known[key] = answer

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..errors import EvaluationError
+from ..hooks.template import rendered
 
 
 def check_template(tokenizer: Any, model: str) -> None:
@@ -15,11 +16,10 @@ def check_template(tokenizer: Any, model: str) -> None:
 
 
 def asked(tokenizer: Any, text: str) -> str:
-    """The prompt of a user's text, up to where the answer begins."""
+    """The prompt of a user's text, up to where the answer begins.
+
+    Raises PromptError.
+    """
     # Thoughts would fill the answer; a template without them ignores this.
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}],
-        add_generation_prompt=True,
-        tokenize=False,
-        enable_thinking=False,
-    )
+    messages = [{"role": "user", "content": text}]
+    return rendered(tokenizer, messages, tokenize=False, enable_thinking=False)

@@ -27,20 +27,37 @@ class Lines:
     """The objects in a file, which need not be there.
 
     A line that a killed run left unfinished is dropped, from the file too.
+
+    Raises ValueError, OSError: the file holds something else, and stays as it is.
     """
 
     def __init__(self, path: Path):
         self.path = path
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a file")
         # Bytes: what is unfinished may end within a character.
         data = path.read_bytes() if path.exists() else b""
-        *self._lines, unfinished = data.split(b"\n")
+        *lines, unfinished = data.split(b"\n")
+        self._objects = [_object(line) for line in lines]
         if unfinished:
-            with written_whole(path) as new:
-                new.write_bytes(data.removesuffix(unfinished))
+            self._finish(data, unfinished)
 
-    def __iter__(self) -> Iterator[Any]:
-        """What was there. Raises ValueError at a line that is no JSON."""
-        return (json.loads(line.decode()) for line in self._lines)
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """What was there."""
+        return iter(self._objects)
+
+    def _finish(self, data: bytes, unfinished: bytes) -> None:
+        """Leave whole lines in the file."""
+        if not unfinished.startswith(b"{"):
+            raise ValueError(f"{unfinished[:40]!r}")
+        try:
+            self._objects.append(_object(unfinished))
+            data += b"\n"
+        except ValueError:
+            # Killed before it was written to its end.
+            data = data.removesuffix(unfinished)
+        with written_whole(self.path) as new:
+            new.write_bytes(data)
 
     def add(self, values: dict[str, Any], *, ensure_ascii: bool = True) -> str:
         """Append an object, on the disk when this returns; its line.
@@ -64,3 +81,14 @@ class Lines:
                 "name another --out; what is there stays, and the same command goes on."
             ) from error
         return line
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    """Raises ValueError."""
+    try:
+        found = json.loads(line.decode())
+    except RecursionError as error:
+        raise ValueError("lists in lists without end") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{line[:40]!r}")
+    return found

@@ -155,7 +155,7 @@ class LongRange:
         )
 
     def _known(self, task: Task, setting: Setting) -> Rows:
-        known = [self.answers.get(digest, setting) for digest in task.digests]
+        known = [self.answers.get(task.name, d, setting) for d in task.digests]
         return [answer for answer in known if answer is not None]
 
     def _row(self, task: Task, setting: Setting) -> dict[str, Any] | None:
@@ -166,12 +166,12 @@ class LongRange:
     def _answer(self, task: Task, i: int, setting: Setting, progress: Progress) -> None:
         """Have the answer to an example, made if it is not there."""
         digest = task.digests[i]
-        if self.answers.get(digest, setting) is None:
+        if self.answers.get(task.name, digest, setting) is None:
             example, prompt = task.examples[i], task.prompts[i]
             self.answers.add(
+                task.name,
                 digest,
                 setting,
-                task=task.name,
                 source=example.source,
                 tokens=len(prompt.tokens),
                 cut_tokens=prompt.cut_tokens,

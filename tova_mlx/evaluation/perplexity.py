@@ -130,16 +130,15 @@ class Perplexity:
         return self.results.directory / "losses" / self.results.name / f"{name}.npy"
 
     def _saved(self, setting: Setting) -> Losses | None:
-        path = self._path(setting)
-        if not path.is_file():
-            return None
-        try:
-            losses = np.load(path)
-        except (EOFError, ValueError):
-            # Of an earlier version, on a machine that lost its power.
-            return None
         shape = (len(self.windows), self.windows.shape[1] - 1)
-        return losses if losses.shape == shape else None
+        try:
+            # A map has no more than the file, whatever its header says.
+            losses = np.array(np.load(self._path(setting), mmap_mode="r"))
+        except Exception:
+            # Anything may come out of a damaged file: they are measured again.
+            return None
+        whole = losses.shape == shape and losses.dtype == np.float32
+        return losses if whole and np.isfinite(losses).all() else None
 
     def _save(self, setting: Setting, losses: Losses) -> None:
         path = self._path(setting)
@@ -189,7 +188,7 @@ def _draw_values(
 
 
 def _change(row: dict[str, Any]) -> dict[str, Any]:
-    error = row["ratio_to_full_stderr"]
+    error = row.get("ratio_to_full_stderr")
     change = 100 * (row["ratio_to_full"] - 1)
     return {**row, "value": change, "stderr": None if error is None else 100 * error}
 

@@ -103,10 +103,19 @@ class Prompts:
 
 
 def trained_context(model_path: str) -> int | None:
-    """Tokens that a model was trained to see, by its config.json; None if unsaid."""
-    config = json.loads((Path(model_path) / "config.json").read_text(encoding="utf-8"))
-    for values in (config, config.get("text_config") or {}):
+    """Tokens that a model was trained to see, by its config.json; None if unsaid.
+
+    A config that says nothing right is refused when the model is loaded.
+    """
+    try:
+        text = (Path(model_path) / "config.json").read_text(encoding="utf-8")
+        config = json.loads(text)
+    except (OSError, ValueError, RecursionError):
+        return None
+    parts = [config, config.get("text_config") if isinstance(config, dict) else None]
+    for values in parts:
         for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-            if isinstance(values.get(name), int):
-                return values[name]
+            n = values.get(name) if isinstance(values, dict) else None
+            if type(n) is int and n > 0:
+                return n
     return None

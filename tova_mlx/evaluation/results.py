@@ -16,8 +16,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from ..errors import EvaluationError
+from ..errors import EvaluationError, reason_of
 from .lines import Lines
+from .rows import ROWS, check
 
 # What `kv_bits` has for keys and for values.
 Bits: TypeAlias = tuple[int | str, int | str]
@@ -139,17 +140,18 @@ class Results:
             self._lines = Lines(self.path)
             if not os.access(directory, os.W_OK):
                 raise PermissionError(errno.EACCES, "it cannot be written to")
+            self._rows = list(self._lines)
+            for row in self.rows():
+                check(row, ROWS)
         except OSError as error:
             raise EvaluationError(
                 f"--out {directory}: cannot be used ({error.strerror}). Name a "
                 "directory that can be written."
             ) from error
-        try:
-            self._rows = [dict(row) for row in self._lines]
         except ValueError as error:
             raise EvaluationError(
                 f"{self.path} holds something that is no row of an evaluation "
-                f"({error}). Name another --out, or move it away."
+                f"({reason_of(error)}). Name another --out, or move it away."
             ) from error
 
     def rows(self, **values: Any) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import EvaluationError
+from ..errors import EvaluationError, reason_of
 from .lines import read_text
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:/(.+\.jsonl))?")
@@ -141,10 +141,9 @@ def find(source: str, option: str) -> Path:
         raise
     except Exception as error:
         # Anything may come from a network; the reason is all a user can use.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise EvaluationError(
             f"{option} {source}: no such file, and it cannot be had from the hub "
-            f"({reason}). Check the name and the network, or give a local file."
+            f"({reason_of(error)}). Check the name and the network, or give a local file."
         ) from error
 
 
@@ -212,8 +211,10 @@ def _lines(path: Path, form: str) -> Iterator[_Object]:
             where = f"{path} line {number}"
             try:
                 values = json.loads(line)
-            except ValueError as error:
-                raise EvaluationError(f"{where}: not JSON ({error}). {form}") from error
+            except (ValueError, RecursionError) as error:
+                raise EvaluationError(
+                    f"{where}: not JSON ({reason_of(error)}). {form}"
+                ) from error
             yield _Object(values, where, form)
 
 

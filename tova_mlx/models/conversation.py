@@ -19,10 +19,11 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ..errors import CacheStateError, PromptError, TovaError
 from ..hooks.layers import leaves, seen
-from ..hooks.template import beginning_of
+from ..hooks.template import beginning_of, rendered
 from ..hooks.trimming import trim_prompt_cache
 from .conversion import archive_as_converted, pin_tokens
 from .saved import load_prompt_cache, save_prompt_cache
+from .vocabulary import check_tokens
 
 NOT_READ = (
     "Stopped before the question was read to its end; the conversation is as before it."
@@ -127,6 +128,7 @@ class Conversation:
         """
         text = _well_formed(text)
         tokens, caches = self._next_turn(text)
+        check_tokens(self.model, tokens)
         before = self._tokens[: _seen_by_all(caches)]
         answer: str = ""
         seen: list[Any] = []
@@ -335,16 +337,7 @@ class Conversation:
         if system and self.system_prompt is not None:
             first = {"role": "system", "content": self.system_prompt}
             messages = [first, *messages]
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False
-            )
-        except Exception as error:
-            # A template is a program and can raise anything.
-            raise PromptError(
-                f"The model's chat template does not take the conversation ({error}). "
-                "Leave the system prompt out, or use another model."
-            ) from error
+        return rendered(self.tokenizer, messages, tokenize=False)
 
     def _encode(self, text: str) -> list[int]:
         first = not self._turns or self._unread

@@ -23,21 +23,27 @@ from mlx_lm.models import cache as mlx_lm_cache
 from ..caches.layer import PolicyKVCache
 from ..caches.lockstep import keep_together
 from ..caches.tova import TOVACache
-from ..errors import CacheStateError
+from ..errors import CacheStateError, reason_of
 from ..files import written_whole
 from ..hooks import registration
 from ..hooks.layers import leaves
 from ..storage.entries import arrays_of
+from . import tensor_file
+from .own_caches import check_own
 from .report import trace
 
 _SUFFIX = ".safetensors"
 # Files of earlier versions have another one, which said less, under "tova_mlx_model".
 _FINGERPRINT = "tova_mlx_weights"
+# mlx-lm's own files have none, nor have those of earlier versions.
+_SUM = "tova_mlx_sum"
 # Words of 8 bytes in a row of `_sums`, so that two rows of sums stay in a core's
 # cache; and rows that are summed before the sums are read.
 _WORDS, _ROWS = 8192, 4096
 # Entries of all lists in a file: a million are those of thousands of layers.
 _LONGEST = 1 << 20
+# Parts of a name: those of caches in lists, and of their entries, have a few.
+_DEEPEST = 16
 
 
 def prompt_path(name: str | os.PathLike[str]) -> Path:
@@ -69,13 +75,14 @@ def save_prompt_cache(
     Raises CacheStateError if the file cannot be written; what was there stays.
     """
     path = prompt_path(path)
-    metadata = dict(metadata or {})
+    metadata = {**(metadata or {}), _SUM: tensor_file.UNSUMMED}
     if model is not None:
         metadata[_FINGERPRINT] = fingerprint(model)
     try:
         with written_whole(path) as written:
             here = [_in_memory(c) for c in cache]
             mlx_lm_cache.save_prompt_cache(str(written), here, metadata)
+            tensor_file.write_sum(written, _SUM)
     except (OSError, RuntimeError, ValueError) as error:
         raise CacheStateError(
             f"{path}: cannot save the prompt ({error}). Check the directory and the "
@@ -118,9 +125,8 @@ def load_prompt_cache(
         raise CacheStateError(f"{path}: {error}") from error
     except Exception as error:
         # Anything may come out of a damaged file.
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CacheStateError(
-            f"{path}: not a whole saved prompt ({reason[0][:200]}). Save it again."
+            f"{path}: not a whole saved prompt ({reason_of(error)}). Save it again."
         ) from error
     if model is not None:
         _check_fits(path, caches, metadata, model)
@@ -186,25 +192,42 @@ def _readable(path: Path, stack: ExitStack) -> str:
 
 def _read(name: str) -> tuple[list[Any], dict[str, str]]:
     """What mlx-lm reads, of a file that it can read. Raises anything."""
-    found: Any = mx.load(name, return_metadata=True)
-    for names in found:
-        _check_names(names)
+    names, texts = tensor_file.check(name)
+    if (told := texts.get(f"0.{_SUM}")) is not None:
+        tensor_file.check_sum(name, _SUM, told)
+    _check_names(names)
+    _check_names(texts)
     loaded: Any = mlx_lm_cache.load_prompt_cache(name, return_metadata=True)
     caches, metadata = loaded
-    kinds = sum(n.startswith("1.") for n in found[1])
-    layers = {n.split(".")[0] for n in found[0]}
+    kinds = sum(n.startswith("1.") for n in texts)
+    layers = {n.split(".")[0] for n in names}
     if len(caches) != kinds or not layers <= {str(i) for i in range(kinds)}:
         raise ValueError(f"not the arrays of {kinds} caches")
-    if not all(hasattr(c, "state") and hasattr(c, "empty") for c in caches):
-        raise ValueError("not all are caches")
-    return caches, dict(metadata) if isinstance(metadata, dict) else {}
+    _check_kinds(caches)
+    metadata = dict(metadata) if isinstance(metadata, dict) else {}
+    metadata.pop(_SUM, None)
+    return caches, metadata
+
+
+def _check_kinds(caches: list[Any]) -> None:
+    """ValueError, TypeError for what is not a cache, or is one that cannot be."""
+    for cache in caches:
+        if not isinstance(cache, PolicyKVCache):
+            check_own(cache)
+        if isinstance(cache, mlx_lm_cache.CacheList):
+            _check_kinds(cache.caches)
 
 
 def _check_names(names: Iterable[str]) -> None:
-    """ValueError for names that mlx-lm would make lists far longer than them of."""
+    """ValueError for names of which mlx-lm would make far larger lists than they are.
+
+    Deep ones, too: what is below each part of a name is copied.
+    """
     longest: dict[str, int] = {}
     for name in names:
         parts = name.split(".")
+        if len(parts) > _DEEPEST:
+            raise ValueError(f"a name of {len(parts)} parts")
         for i, part in enumerate(parts):
             above = ".".join(parts[:i])
             with suppress(ValueError):
@@ -258,13 +281,23 @@ def _what(cache: Any) -> str:
     kind = type(cache).__name__
     if hasattr(cache, "caches"):
         return f"{kind}({', '.join(map(_what, cache.caches))})"
+    if isinstance(cache, mlx_lm_cache.RotatingKVCache):
+        return f"{kind}(max_size={cache.max_size}, keep={cache.keep})"
+    if isinstance(cache, mlx_lm_cache.ChunkedKVCache):
+        return f"{kind}(chunk_size={cache.chunk_size})"
+    if isinstance(cache, mlx_lm_cache.ArraysCache):
+        return f"{kind}({len(cache.cache)})"
     if not isinstance(cache, PolicyKVCache):
         return kind
     return f"{kind}({cache.options.describe()}, prefill={cache.prefill})"
 
 
 def _shapes(cache: Any) -> str | None:
-    """What the keys and values of a token are."""
+    """What the keys and values of a token are, or a state of one size."""
+    if isinstance(cache, mlx_lm_cache.ArraysCache):
+        # The second axis is that of the last tokens in some models.
+        shapes = [["…", *a.shape[2:]] for a in cache.cache if a is not None]
+        return f"arrays {shapes}"
     said = []
     for name in ("keys", "values"):
         entries: Any = getattr(cache, name, None)

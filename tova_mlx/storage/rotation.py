@@ -72,6 +72,13 @@ class Rotation:
         numbers = [scale, *([base] if freqs is None else freqs)]
         if not all(type(a) in (int, float) for a in numbers):
             raise ValueError("a rotation that is not of numbers")
+        # Then every angle is a number. Some models have inf among their frequencies.
+        if not (
+            0 < scale < 1e9
+            and all(a >= 1e-9 for a in numbers[1:])
+            and (base is None or base < 1e30)
+        ):
+            raise ValueError("a rotation by angles that are not numbers")
         if freqs is not None and (base is not None or len(freqs) != dims // 2):
             raise ValueError("a rotation of other frequencies")
         freqs = None if freqs is None else tuple(map(float, freqs))

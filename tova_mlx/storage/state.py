@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..errors import CacheStateError
+from ..errors import CacheStateError, reason_of
 from ..policies import POLICIES, Rule, resolve_options
 from .entries import Entries, first_slots, gather, is_plain
 from .fields import positions_by_age
@@ -17,11 +17,9 @@ from .formats import Storage
 from .recall_state import empty_recall, fill_recall, recall_to_state
 from .rotation import Renumbering
 from .slots import Slots
-from .state_entries import check_finite, from_arrays, is_array, to_arrays
+from .state_entries import check_finite, from_arrays, is_array, is_count, to_arrays
 
 _VERSION = 1
-# Positions are int32, and there must be some left to go on with.
-_MOST_TOKENS = 2**31 - 2**20
 # What may come out of a tuple that is not a state.
 _WRONG = (
     TypeError,
@@ -110,8 +108,8 @@ def from_state(state: tuple[Any, ...]) -> tuple[Slots, dict[str, Any]]:
             slots.recall = fill_recall(recall, kept, slots)
     except _WRONG as error:
         raise CacheStateError(
-            f"This is not the state of a tova_mlx cache ({error}). Make it again "
-            "with this version."
+            f"This is not the state of a tova_mlx cache ({reason_of(error)}). Make it "
+            "again with this version."
         ) from error
     return slots, how
 
@@ -121,7 +119,7 @@ def _rule(given: dict[str, Any]) -> Rule:
     name = given["policy"]
     if isinstance(name, str) and name not in POLICIES:
         raise CacheStateError(
-            f"The cache was made with policy {name!r}, which is not known here. "
+            f"The cache was made with policy {name[:80]!r}, which is not known here. "
             "Install the package that has it, or use register_policy."
         )
     options = {option: given[option] for option in POLICIES[name].options or ()}
@@ -134,10 +132,8 @@ def _rule(given: dict[str, Any]) -> Rule:
 def _check(slots: Slots) -> None:
     """Raise ValueError unless reading some text could have made these slots."""
     offset = slots.offset
-    if isinstance(offset, bool) or not isinstance(offset, int):
+    if not is_count(offset):
         raise ValueError(f"{offset!r} tokens seen")
-    if not 0 <= offset < _MOST_TOKENS:
-        raise ValueError(f"{offset} tokens seen")
     if slots.keys is None or slots.values is None:
         if offset or any(a is not None for a in slots.arrays):
             raise ValueError("no keys")
@@ -151,9 +147,14 @@ def _check(slots: Slots) -> None:
 
 def _check_shapes(slots: Slots, keys: Entries, values: Entries) -> None:
     rule, shape = slots.rule, keys.shape[:3]
+    if not slots.offset:
+        raise ValueError("keys, but no tokens were seen")
     # A model may keep values of no width, where keys say everything.
     if values.shape[:3] != shape or 0 in keys.shape:
         raise ValueError(f"keys {keys.shape}, values {values.shape}")
+    rotation = slots.renumbering and slots.renumbering.rotation
+    if rotation and rotation.dims > keys.shape[3]:
+        raise ValueError(f"a rotation of {rotation.dims} numbers of {keys.shape[3]}")
     plain = [e for e in (keys, values) if is_plain(e)]
     if len({e.dtype for e in plain}) > 1:
         raise ValueError(" and ".join(f"entries of {e.dtype}" for e in plain))
@@ -266,13 +267,16 @@ def _end(positions: Any, n: int, offset: int) -> bool:
 
 def _check_numbers(slots: Slots) -> None:
     """What ranks tokens, and entries: an infinite one spoils all that follows."""
-    slot = np.arange(slots.taken)
-    victim = -1 if slots.victim is None else np.array(slots.victim).astype(np.int64)
-    held = slot != victim
-    for name, least in (("scores", -np.inf), ("value_norms", 0.0)):
-        if (array := getattr(slots, name)) is not None:
-            known = np.array(array)[..., : slots.taken]
-            if not (~held | (np.isfinite(known) & (known >= least))).all():
-                raise ValueError(f"{name} that are not numbers")
+    if slots.value_norms is not None:
+        # The victim's too: it comes back if the newest token is taken back.
+        norms = np.array(slots.value_norms)[..., : slots.taken]
+        if not (np.isfinite(norms) & (norms >= 0)).all():
+            raise ValueError("value_norms that are not numbers")
+    if slots.scores is not None:
+        slot = np.arange(slots.taken)
+        victim = -1 if slots.victim is None else np.array(slots.victim).astype(np.int64)
+        scores = np.array(slots.scores)[..., : slots.taken]
+        if not ((slot == victim) | np.isfinite(scores)).all():
+            raise ValueError("scores that are not numbers")
     check_finite(slots.keys, slots.taken)
     check_finite(slots.values, slots.taken)

@@ -6,6 +6,13 @@ import mlx.core as mx
 
 from .entries import arrays_of, is_plain
 
+# Positions are int32, and there must be some left to go on with.
+MOST_TOKENS = 2**31 - 2**20
+# Of keys and values: those of models reach thousands.
+_LARGEST = 2.0**40
+# What models compute in.
+_TYPES = (mx.float32, mx.bfloat16, mx.float16)
+
 
 def to_arrays(entries: Any) -> Any:
     """Return an array, or those of quantised entries; None for None."""
@@ -25,7 +32,7 @@ def from_arrays(state: Any, form: Any) -> Any:
         return form.from_state(state)
     if not isinstance(state, mx.array) or state.ndim != 4:
         raise ValueError("entries that are not of four dimensions")
-    if not mx.issubdtype(state.dtype, mx.floating):
+    if state.dtype not in _TYPES:
         raise ValueError(f"entries of {state.dtype}")
     return state
 
@@ -40,7 +47,17 @@ def is_array(
 
 
 def check_finite(entries: Any, n: int) -> None:
-    """Raise ValueError if the first n slots of entries hold infinity or no numbers."""
+    """Raise ValueError if the first n slots of entries hold what is not a number.
+
+    Or one that products overflow with, which spoils all that follows, too.
+    """
     for a in arrays_of(entries):
-        if not mx.isfinite(a[:, :, :n]).all().item():
+        known = a[:, :, :n]
+        # In half precision the largest is infinity too.
+        if not (mx.isfinite(known) & (mx.abs(known) <= _LARGEST)).all().item():
             raise ValueError("keys or values that are not numbers")
+
+
+def is_count(n: Any) -> TypeGuard[int]:
+    """Whether it is a number of tokens that positions can count."""
+    return type(n) is int and 0 <= n < MOST_TOKENS
