@@ -25,13 +25,16 @@ def path(tmp_path):
 def test_a_line_cut_off_anywhere_is_dropped(path, tmp_path):
     whole = path.read_bytes()
     first = whole.index(b"\n") + 1
-    for end in range(first, len(whole)):
+    for end in range(first, len(whole) - 1):
         # Also within a character of several bytes.
         path.write_bytes(whole[:end])
         lines = Lines(path)
         assert list(lines) == [FIRST]
         lines.add(SECOND, ensure_ascii=False)
         assert path.read_bytes() == whole
+    path.write_bytes(whole[:-1])
+    assert list(Lines(path)) == [FIRST, SECOND]
+    assert path.read_bytes() == whole
     assert os.listdir(tmp_path) == [path.name]
 
 
