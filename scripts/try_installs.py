@@ -124,17 +124,27 @@ def try_install(
 
 
 def check_types(python: str, wheel: Path) -> dict[str, Any]:
-    """Have type checkers read a program that uses the installed package."""
+    """Have type checkers read a program that uses the installed package.
+
+    pyright is that of the environment that runs this, for it brings Node.
+    """
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder)
         inside = environment(python, where / "env")
-        run([inside, "-m", "pip", "install", "-q", wheel, "mypy", "pyright"], where)
+        run([inside, "-m", "pip", "install", "-q", wheel, "mypy"], where)
         program = where / "program.py"
         program.write_text(PROGRAM.read_text(encoding="utf-8"), encoding="utf-8")
         mypy = [inside, "-m", "mypy", "--strict", "--follow-imports=silent"]
         checkers = {
             "mypy": [*mypy, "--disable-error-code=no-untyped-call", program],
-            "pyright": [inside, "-m", "pyright", "--pythonpath", inside, program],
+            "pyright": [
+                sys.executable,
+                "-m",
+                "pyright",
+                "--pythonpath",
+                inside,
+                program,
+            ],
         }
         found = {}
         for name, command in checkers.items():
