@@ -1,6 +1,7 @@
 """scripts/load_server.py in short, and a server that fails in the midst."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -93,6 +94,8 @@ def call(self, inputs, *args, **how):
 llama.Model.__call__ = call
 main()
 """
+# What failed may be another's: its text is for the log alone.
+LOST = r"Generating failed \(RuntimeError\)\. Ask again\."
 POISON = "volcano and fire"
 
 
@@ -123,14 +126,14 @@ def test_a_failure_ends_the_answers_of_its_batch_and_nothing_else(failing):
             client.completions.create(
                 model="default_model", prompt=POISON, max_tokens=4
             )
-        with pytest.raises(openai.APIError, match="RuntimeError: planted"):
+        with pytest.raises(openai.APIError, match=LOST):
             for _ in stream:
                 pass
         with pytest.raises(openai.InternalServerError) as lost:
             whole.result(60)
     for error in (refused.value, lost.value):
         assert error.status_code == 500
-        assert "RuntimeError: planted" in error.response.json()["error"]
+        assert re.fullmatch(LOST, error.response.json()["error"])
     after = chat(client, [user("Why?")])
     assert after.choices[0].message.content == before
     # What was stored may be what failed.
