@@ -1,7 +1,7 @@
 """scripts/load_server.py in short, and a server that fails in the midst."""
 
 import json
-import signal
+import re
 import subprocess
 import sys
 import urllib.request
@@ -93,20 +93,19 @@ def call(self, inputs, *args, **how):
 llama.Model.__call__ = call
 main()
 """
+# What failed may be another's: its text is for the log alone.
+LOST = r"Generating failed \(RuntimeError\)\. Ask again\."
 POISON = "volcano and fire"
+AT_ONCE = 3
 
 
 @pytest.fixture(scope="module")
 def failing(small_path):
     tokenizer = load(str(small_path))[1]
     token = tokenizer.encode(POISON, add_special_tokens=False)[0]
-    with serving(
-        "--model",
-        str(small_path),
-        "--log-level",
-        "ERROR",
-        code=FAILING.format(token=token),
-    ) as running:
+    arguments = ("--model", str(small_path), "--log-level", "ERROR")
+    arguments += ("--decode-concurrency", str(AT_ONCE), "--prompt-concurrency", "1")
+    with serving(*arguments, code=FAILING.format(token=token)) as running:
         yield running
 
 
@@ -123,14 +122,14 @@ def test_a_failure_ends_the_answers_of_its_batch_and_nothing_else(failing):
             client.completions.create(
                 model="default_model", prompt=POISON, max_tokens=4
             )
-        with pytest.raises(openai.APIError, match="RuntimeError: planted"):
+        with pytest.raises(openai.APIError, match=LOST):
             for _ in stream:
                 pass
         with pytest.raises(openai.InternalServerError) as lost:
             whole.result(60)
     for error in (refused.value, lost.value):
         assert error.status_code == 500
-        assert "RuntimeError: planted" in error.response.json()["error"]
+        assert re.fullmatch(LOST, error.response.json()["error"])
     after = chat(client, [user("Why?")])
     assert after.choices[0].message.content == before
     # What was stored may be what failed.
@@ -161,24 +160,11 @@ main()
     assert "Traceback" not in done.stderr
 
 
-def test_clients_that_have_left_do_not_keep_others_waiting(small_path):
-    arguments = ("--decode-concurrency", "2", "--prompt-concurrency", "1")
-    arguments += ("--model", str(small_path), "--log-level", "ERROR")
-    with serving(*arguments) as (_, client):
-        endless = {"messages": [user("Count!")], "max_tokens": 10**9}
-        for _ in range(4):
-            abusers.leave(client.base_url.port, endless, 0.5)
-        assert chat(client.with_options(timeout=60), [user("Why?")]).choices
-
-
-def test_an_unknown_model_leaves_the_one_that_is_loaded(small_path):
-    arguments = ("--model", str(small_path), "--log-level", "ERROR")
-    with serving(*arguments) as (process, client):
-        for model in ("./nothing", "gpt-4", "default_model"):
-            try:
-                chat(client, [user("Why?")], model=model)
-            except openai.NotFoundError:
-                assert model != "default_model"
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
-    assert said.count("tokens per layer") == 1
+def test_clients_that_have_left_do_not_keep_others_waiting(failing):
+    _, client = failing
+    endless = {"messages": [user("Count!")], "max_tokens": 10**9}
+    # Long enough for the first ones to be in the midst of their answers.
+    with ThreadPoolExecutor(2 * AT_ONCE) as pool:
+        for _ in range(2 * AT_ONCE):
+            pool.submit(abusers.leave, client.base_url.port, endless, 2.0)
+    assert chat(client.with_options(timeout=60), [user("Why?")]).choices

@@ -18,7 +18,7 @@ from mlx_lm.models.cache import (
 )
 
 from tova_mlx import convert
-from tova_mlx.errors import UnsupportedModelError
+from tova_mlx.errors import ModelLoadError, UnsupportedModelError
 from tova_mlx.hooks.layers import leaves
 from tova_mlx.hooks.server import (
     PromptStore,
@@ -175,6 +175,35 @@ def test_nothing_stored_is_nothing_fetched():
     assert fetched([5], [rows(KVCache(), 1)], [5]) == (None, [5])
 
 
+def provided(model):
+    return SimpleNamespace(
+        model=model,
+        adapter_path=None,
+        draft_model=None,
+        trust_remote_code=False,
+        chat_template="",
+        pipeline=False,
+    )
+
+
+def test_what_cannot_be_found_leaves_the_model_that_is_loaded(monkeypatch):
+    def load(self, *paths):
+        self.reset()
+        self.model_key, self.model = paths, tiny.make()
+
+    def find(name):
+        if name != "tiny":
+            raise ModelLoadError(name)
+
+    monkeypatch.setattr(server.ModelProvider, "_load", load)
+    provider = Provider(provided("tiny"), find)
+    first = provider.model
+    for paths in (("gpt-4",), ("default_model", None, "gpt-4")):
+        with pytest.raises(ModelLoadError):
+            provider.load(*paths)
+        assert provider.load("default_model", None, "default_model")[0] is first
+
+
 def test_a_draft_model_beside_shared_layers_is_refused(monkeypatch):
     check_draft(tiny.make())
     shared = zoo.make("gemma3n")
@@ -185,14 +214,7 @@ def test_a_draft_model_beside_shared_layers_is_refused(monkeypatch):
         self.model, self.draft_model = shared, paths[2] and tiny.make()
 
     monkeypatch.setattr(server.ModelProvider, "_load", load)
-    arguments = SimpleNamespace(
-        model="shared",
-        adapter_path=None,
-        draft_model=None,
-        trust_remote_code=False,
-        chat_template="",
-        pipeline=False,
-    )
+    arguments = provided("shared")
     assert Provider(arguments).model is shared
     provider = Provider(arguments)
     with pytest.raises(UnsupportedModelError, match="2 caches for 4 layers"):

@@ -41,19 +41,20 @@ def generator(
                 try:
                     return self._generate()
                 except Exception as error:
-                    reason = f"{type(error).__name__}: {error}"
                     if not self._took_one:
-                        return give_up(reason)
-                    self._recover(reason)
+                        return give_up(f"{type(error).__name__}: {error}")
+                    self._recover(error)
 
-        def _recover(self, reason: str) -> None:
+        def _recover(self, error: Exception) -> None:
             """Tell all whose answers are lost, and drop what may have failed."""
+            kind = type(error).__name__
             logging.error(
-                f"Generating failed ({reason}). Answers in progress are lost.",
+                f"Generating failed ({kind}: {error}). Answers in progress are lost.",
                 exc_info=logging.getLogger().isEnabledFor(logging.DEBUG),
             )
+            # The error may quote what one of them has asked.
             for queue in self._waiting:
-                queue.put(RequestError(f"Generating failed ({reason}). Ask again."))
+                queue.put(RequestError(f"Generating failed ({kind}). Ask again."))
             self._waiting.clear()
             self.prompt_cache.trim_to(n_sequences=0)
 
