@@ -9,9 +9,9 @@ _CACHES = [
         "if length == 1 or fits:",
     ),
     (
-        "a chunk may have a token more than fits",
+        "a chunk may have two tokens more than fit",
         "slots.offset + length <= rule.max_size\n",
-        "slots.offset + length <= rule.max_size + 1\n",
+        "slots.offset + length <= rule.max_size + 2\n",
     ),
     (
         "twins are one",
