@@ -18,7 +18,8 @@ _PAPERS = "test_cache.py::test_outputs_and_positions_are_those_of_the_papers"
 _CHUNKS = "test_cache.py::test_chunks_of_any_size_give_the_same_logits_and_tokens"
 _MASKS = "test_cache.py::test_the_models_mask_is_obeyed_across_blocks"
 
-# By area, the cheapest first. Not the state machines, which see most of these too.
+# By area, the cheapest first. Not the state machines, which see most of these too; and
+# not a file next to a test in it: pytest would run the file in its own order.
 TESTS: dict[str, tuple[str, ...]] = {
     "policies": ("test_policies.py", "test_eviction.py", _PAPERS),
     "scan": ("test_eviction.py", _PAPERS, _MASKS, _CHUNKS),
@@ -66,5 +67,16 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_saved.py",
     ),
     "conversion": ("test_conversion.py", "test_budget.py", "test_hooks.py"),
-    "server": ("test_hooks.py", "test_serving.py"),
+    "server": (
+        "test_serving.py::"
+        "test_a_conversation_pins_what_comes_before_its_first_question",
+        "test_serving.py::test_more_drafts_than_can_be_taken_back_are_refused",
+        "test_serving.py::test_a_draft_model_beside_shared_layers_is_refused",
+        "test_serving.py::test_a_stored_prompt_that_pins_otherwise_is_read_again",
+        "test_serving.py::test_layers_without_a_position_stay_with_the_others",
+        "test_serving.py::test_what_cannot_be_taken_back_is_read_anew",
+        "test_serving.py::test_the_very_same_tokens_leave_one_to_read",
+        "test_hooks.py",
+        "test_serving.py::test_a_second_turn_goes_on_after_drafts_without_a_gap",
+    ),
 }
