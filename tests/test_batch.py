@@ -320,7 +320,8 @@ def test_merged_caches_are_left_as_they_are(model):
     tiny.feed(model, tiny.tokens(20), caches, 20)
     before = [np.array(c.positions) for c in caches]
     batch = [c.merge([c, c]) for c in caches]
-    tiny.feed(model, tiny.tokens(5, batch=2), batch, 1)
+    # Rows by themselves, then in a stack.
+    tiny.feed(model, tiny.tokens(5, batch=2), batch, [3, 1, 1])
     assert [c.offset for c in caches] == [20] * 3
     assert all(map(np.array_equal, before, [c.positions for c in caches]))
     assert mlx_lm_cache.can_trim_prompt_cache(batch) is False
