@@ -288,6 +288,8 @@ def test_what_cannot_be_one_batch_is_refused(model):
     with pytest.raises(CacheStateError, match="a cache of 2 rows"):
         rows[0].merge([rows[0]])
     batch = BatchPolicyKVCache.merge([one])
+    with pytest.raises(CacheStateError, match="different options"):
+        batch.extend(BatchPolicyKVCache.merge([other]))
     with pytest.raises(CacheStateError, match="Give lengths too"):
         batch.prepare(right_padding=[3])
     batch.prepare(left_padding=[3])
