@@ -340,23 +340,27 @@ def test_a_row_that_was_taken_out_goes_its_own_way(model):
     batch.leave(1)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", "right", "both"])
 def test_rows_may_leave_while_padded_prompts_are_read(model, side):
     options, lengths = {"policy": "fade"}, [3, 12, 20, 7]
     rows = [Row(model, n, n, options) for n in lengths]
     single = [make_prompt_cache(model, LIMIT, **options) for _ in rows]
     caches = [layer[0].merge(layer) for layer in zip(*single, strict=True)]
-    padding = [max(lengths) - n for n in lengths]
-    how = {"lengths": lengths, "right_padding": padding}
-    if side == "left":
-        how = {"left_padding": padding}
+    padding = [22 - n for n in lengths]
+    left = [{"left": n, "right": 0, "both": n // 3}[side] for n in padding]
+    right = [n - before for n, before in zip(padding, left, strict=True)]
     for cache in caches:
-        cache.prepare(**how)
-    padded = []
-    for row, n in zip(rows, padding, strict=True):
-        tokens = row.take(row.length)
-        padded.append([0] * n + tokens if side == "left" else tokens + [0] * n)
-    padded, kept = mx.array(padded), [2, 1]
+        if side == "left":
+            cache.prepare(left_padding=left)
+        else:
+            cache.prepare(left_padding=left, lengths=lengths, right_padding=right)
+    padded = mx.array(
+        [
+            [0] * before + row.take(row.length) + [0] * after
+            for before, row, after in zip(left, rows, right, strict=True)
+        ]
+    )
+    kept = [2, 1]
     first = np.array(tiny.feed(model, padded[:, :8], caches, 8))
     for cache in caches:
         cache.filter(kept)
@@ -364,7 +368,6 @@ def test_rows_may_leave_while_padded_prompts_are_read(model, side):
     for cache in caches:
         cache.finalize()
         assert cache.seen.tolist() == [20, 12]
-    for i, got in zip(kept, second, strict=True):
-        start, n = padding[i] if side == "left" else 0, lengths[i]
-        got = np.concatenate([first[i], got])[start : start + n]
-        np.testing.assert_allclose(got, rows[i].want[:n], atol=CLOSE)
+    for i, rest in zip(kept, second, strict=True):
+        got = np.concatenate([first[i], rest])[left[i] : left[i] + lengths[i]]
+        np.testing.assert_allclose(got, rows[i].want[: lengths[i]], atol=CLOSE)
