@@ -552,6 +552,9 @@ _SERVER = [
         "completions are pinned as chats",
         'if request.request_type != "chat" or not tokenizer.has_chat_template:',
         "if not tokenizer.has_chat_template:",
+        (),
+        "Equivalent: the prompt of a completion is the same whatever the messages, so "
+        "nothing differs after a beginning, which is 0 tokens then too.",
     ),
     (
         "the first question is pinned",
