@@ -331,7 +331,7 @@ def test_merged_caches_are_left_as_they_are(model):
 
 def test_a_row_that_was_taken_out_goes_its_own_way(model):
     options = {"policy": "fade"}
-    batch = Batch(model, [Row(model, n, n, options) for n in (30, 12)], options, 16)
+    batch = Batch(model, [Row(model, n, n, options) for n in (30, 1)], options, 16)
     # Out of rows by themselves, then out of a stack.
     for _ in range(2):
         taken = [cache.extract(0) for cache in batch.caches]
