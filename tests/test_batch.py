@@ -329,6 +329,17 @@ def test_merged_caches_are_left_as_they_are(model):
     assert mlx_lm_cache.can_trim_prompt_cache(batch) is False
 
 
+def test_rows_that_join_come_behind_those_that_are_there(model):
+    options = {"policy": "fade"}
+    one, other = (
+        Batch(model, [Row(model, n, n, options)], options, 16) for n in (3, 9)
+    )
+    one.join(other)
+    one.step()
+    one.leave(0)
+    one.step()
+
+
 def test_a_row_that_was_taken_out_goes_its_own_way(model):
     options = {"policy": "fade"}
     batch = Batch(model, [Row(model, n, n, options) for n in (30, 1)], options, 16)
