@@ -4,7 +4,7 @@
     python scripts/mutants.py --again --area scan --out results/trust/mutants.json
     python scripts/mutants.py --only "a block evicts a step late"
 
-Puts the mutants of tests/mutants, one after the other, into a copy of the package and
+Puts the mutants of tests/core_bugs, one after the other, into a copy of the package and
 runs the tests of their area on it until one fails. In the end all tests that saw a
 mistake must pass on a copy without one. `--out` takes the results of what was run, and
 keeps those of other mutants that are there; `--again` leaves out whom a test has seen
@@ -38,7 +38,7 @@ sys.path.insert(0, str(TESTS_AT))
 # A test's own bytecode, or it is compiled for every mutant.
 sys.dont_write_bytecode = False
 
-from mutants import MUTANTS, TESTS, Mutant  # noqa: E402
+from core_bugs import MUTANTS, TESTS, Mutant  # noqa: E402
 
 # What pytest says with -rfE of a test that failed.
 _FAILED = re.compile(r"^(?:FAILED|ERROR) \S*?(test_\w+\.py)(?:::(\w+))?", re.M)
