@@ -288,6 +288,8 @@ def test_what_cannot_be_one_batch_is_refused(model):
     with pytest.raises(CacheStateError, match="a cache of 2 rows"):
         rows[0].merge([rows[0]])
     batch = BatchPolicyKVCache.merge([one])
+    with pytest.raises(CacheStateError, match="different options"):
+        batch.extend(BatchPolicyKVCache.merge([other]))
     with pytest.raises(CacheStateError, match="Give lengths too"):
         batch.prepare(right_padding=[3])
     batch.prepare(left_padding=[3])
@@ -320,15 +322,27 @@ def test_merged_caches_are_left_as_they_are(model):
     tiny.feed(model, tiny.tokens(20), caches, 20)
     before = [np.array(c.positions) for c in caches]
     batch = [c.merge([c, c]) for c in caches]
-    tiny.feed(model, tiny.tokens(5, batch=2), batch, 1)
+    # Rows by themselves, then in a stack.
+    tiny.feed(model, tiny.tokens(5, batch=2), batch, [3, 1, 1])
     assert [c.offset for c in caches] == [20] * 3
     assert all(map(np.array_equal, before, [c.positions for c in caches]))
     assert mlx_lm_cache.can_trim_prompt_cache(batch) is False
 
 
+def test_rows_that_join_come_behind_those_that_are_there(model):
+    options = {"policy": "fade"}
+    one, other = (
+        Batch(model, [Row(model, n, n, options)], options, 16) for n in (3, 9)
+    )
+    one.join(other)
+    one.step()
+    one.leave(0)
+    one.step()
+
+
 def test_a_row_that_was_taken_out_goes_its_own_way(model):
     options = {"policy": "fade"}
-    batch = Batch(model, [Row(model, n, n, options) for n in (30, 12)], options, 16)
+    batch = Batch(model, [Row(model, n, n, options) for n in (30, 1)], options, 16)
     # Out of rows by themselves, then out of a stack.
     for _ in range(2):
         taken = [cache.extract(0) for cache in batch.caches]
@@ -337,31 +351,34 @@ def test_a_row_that_was_taken_out_goes_its_own_way(model):
     batch.leave(1)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", "right", "both"])
 def test_rows_may_leave_while_padded_prompts_are_read(model, side):
     options, lengths = {"policy": "fade"}, [3, 12, 20, 7]
     rows = [Row(model, n, n, options) for n in lengths]
     single = [make_prompt_cache(model, LIMIT, **options) for _ in rows]
     caches = [layer[0].merge(layer) for layer in zip(*single, strict=True)]
-    padding = [max(lengths) - n for n in lengths]
-    how = {"lengths": lengths, "right_padding": padding}
-    if side == "left":
-        how = {"left_padding": padding}
+    padding = [22 - n for n in lengths]
+    left = [{"left": n, "right": 0, "both": n // 3}[side] for n in padding]
+    right = [n - before for n, before in zip(padding, left, strict=True)]
     for cache in caches:
-        cache.prepare(**how)
-    padded = []
-    for row, n in zip(rows, padding, strict=True):
-        tokens = row.take(row.length)
-        padded.append([0] * n + tokens if side == "left" else tokens + [0] * n)
-    padded, kept = mx.array(padded), [3, 1]
+        if side == "left":
+            cache.prepare(left_padding=left)
+        else:
+            cache.prepare(left_padding=left, lengths=lengths, right_padding=right)
+    padded = mx.array(
+        [
+            [0] * before + row.take(row.length) + [0] * after
+            for before, row, after in zip(left, rows, right, strict=True)
+        ]
+    )
+    kept = [2, 1]
     first = np.array(tiny.feed(model, padded[:, :8], caches, 8))
     for cache in caches:
         cache.filter(kept)
     second = np.array(tiny.feed(model, padded[mx.array(kept), 8:], caches, 5))
     for cache in caches:
         cache.finalize()
-        assert cache.seen.tolist() == [7, 12]
-    for i, got in zip(kept, second, strict=True):
-        start, n = padding[i] if side == "left" else 0, lengths[i]
-        got = np.concatenate([first[i], got])[start : start + n]
-        np.testing.assert_allclose(got, rows[i].want[:n], atol=CLOSE)
+        assert cache.seen.tolist() == [20, 12]
+    for i, rest in zip(kept, second, strict=True):
+        got = np.concatenate([first[i], rest])[left[i] : left[i] + lengths[i]]
+        np.testing.assert_allclose(got, rows[i].want[: lengths[i]], atol=CLOSE)

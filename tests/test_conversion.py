@@ -1,6 +1,7 @@
 """convert sets what mlx-lm's tools ask for caches, and revert puts it back."""
 
 import copy
+import gc
 
 import mlx.core as mx
 import pytest
@@ -11,7 +12,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from tova_mlx import TOVACache, convert, describe, make_prompt_cache, revert
 from tova_mlx.errors import OptionError, UnsupportedModelError
-from tova_mlx.models.conversion import default_bytes
+from tova_mlx.models.conversion import default_bytes, pin_in_new_caches
 
 
 def kinds(model):
@@ -81,6 +82,26 @@ def test_a_conversion_that_cannot_work_leaves_the_model_as_it_was():
     with pytest.raises(UnsupportedModelError, match="computes its own attention"):
         convert(refused, 16)
     assert set(kinds(refused)) == {"KVCache"}
+
+
+def test_a_copy_of_a_converted_model_makes_caches_of_its_own():
+    model = tiny.make()
+    convert(model, 12)
+    pin_in_new_caches(model, 3)
+    twin = copy.deepcopy(model)
+    pin_in_new_caches(model, 5)
+    assert [c.rule.pinned for c in model.make_cache()] == [5] * 3
+    tokens = tiny.tokens(20)
+    want = tiny.feed(model, tokens, make_prompt_cache(model, 12), 20)
+    # It holds on to nothing of the other.
+    del model
+    gc.collect()
+    caches = twin.make_cache()
+    assert [c.rule.pinned for c in caches] == [3] * 3
+    pin_in_new_caches(twin, 0)
+    assert mx.allclose(tiny.feed(twin, tokens, twin.make_cache(), 20), want, atol=1e-4)
+    revert(twin)
+    assert kinds(twin) == ["KVCache"] * 3
 
 
 def test_caches_of_a_converted_model_can_be_copied():

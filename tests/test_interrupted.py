@@ -10,7 +10,13 @@ import tiny
 from mlx_lm.models import cache as mlx_lm_cache
 from test_cache import CASES, EXTRA
 
-from tova_mlx import PolicyKVCache, make_prompt_cache
+from tova_mlx import (
+    PolicyKVCache,
+    convert,
+    load_prompt_cache,
+    make_prompt_cache,
+    save_prompt_cache,
+)
 from tova_mlx.errors import CacheStateError, UnsupportedModelError
 
 LIMIT = 12
@@ -133,6 +139,22 @@ def test_what_cannot_be_taken_back_is_said(model, monkeypatch):
     with pytest.raises(CacheStateError, match="a forward was interrupted"):
         model(tiny.tokens(1), cache=caches[:1] + caches[2:])
     assert all(map(np.array_equal, before[1:], [c.slots.positions for c in caches[1:]]))
+
+
+@pytest.mark.parametrize("how", ["made", "converted", "loaded"])
+def test_layers_watch_each_other_however_their_caches_came(how, tmp_path, monkeypatch):
+    model = tiny.make()
+    convert(model, LIMIT)
+    caches = make_prompt_cache(model, LIMIT)
+    if how == "converted":
+        caches = model.make_cache()
+    tiny.feed(model, tiny.tokens(20), caches, 20)
+    if how == "loaded":
+        path = save_prompt_cache(tmp_path / "a", caches, model=model)
+        caches, _ = load_prompt_cache(path, model=model)
+    interrupt(model, caches, tiny.tokens(1), 0, "after", monkeypatch)
+    with pytest.raises(CacheStateError, match="a forward was interrupted"):
+        model(tiny.tokens(1), cache=caches)
 
 
 def test_copies_watch_their_own_layers_only(model):

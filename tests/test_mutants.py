@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from mutants import MUTANTS, TESTS
+from core_bugs import MUTANTS, TESTS
 
 PACKAGE = Path(__file__).parents[1] / "tova_mlx"
 TEXTS = {p: p.read_text(encoding="utf-8") for p in sorted(PACKAGE.rglob("*.py"))}

@@ -65,6 +65,17 @@ def blocks_bytes(blocks, row_bytes=ROW_BYTES, parts=3):
     return parts * len(MAGIC) + blocks * (row_bytes * BLOCK + 4 * parts)
 
 
+def test_rows_whose_place_the_next_block_takes_are_not_held(tmp_path):
+    directory = LogDirectory(tmp_path / "logs")
+    log = directory.log("a", PARTS, 2 * BLOCK)
+    log.append(made(range(2 * BLOCK)))
+    assert log.first == 0
+    log.append(made(range(2 * BLOCK, 2 * BLOCK + 1)))
+    assert log.first == BLOCK
+    with pytest.raises(IndexError):
+        log.take([BLOCK - 1])
+
+
 class Sequences(RuleBasedStateMachine):
     """Against a list of (number, salt), one per row, and the oldest that is held."""
 

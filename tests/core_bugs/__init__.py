@@ -18,7 +18,8 @@ _PAPERS = "test_cache.py::test_outputs_and_positions_are_those_of_the_papers"
 _CHUNKS = "test_cache.py::test_chunks_of_any_size_give_the_same_logits_and_tokens"
 _MASKS = "test_cache.py::test_the_models_mask_is_obeyed_across_blocks"
 
-# By area, the cheapest first. Not the state machines, which see most of these too.
+# By area, the cheapest first. Not the state machines, which see most of these too; and
+# not a file next to a test in it: pytest would run the file in its own order.
 TESTS: dict[str, tuple[str, ...]] = {
     "policies": ("test_policies.py", "test_eviction.py", _PAPERS),
     "scan": ("test_eviction.py", _PAPERS, _MASKS, _CHUNKS),
@@ -28,6 +29,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "batch": (
         "test_batch.py::test_what_cannot_be_one_batch_is_refused",
         "test_batch.py::test_merged_caches_are_left_as_they_are",
+        "test_batch.py::test_rows_that_join_come_behind_those_that_are_there",
         "test_batch.py::test_a_row_that_was_taken_out_goes_its_own_way",
         "test_batch.py::test_rows_may_leave_while_padded_prompts_are_read",
         "test_batch.py::test_padding_on_the_left_is_not_seen",
@@ -47,7 +49,14 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_interrupted.py",
         "test_journal.py::test_trim_is_as_if_the_tokens_had_not_been",
     ),
-    "storage": ("test_formats.py", "test_hadamard.py", "test_packed.py"),
+    "storage": (
+        "test_hadamard.py",
+        "test_packed.py::test_products_are_those_of_the_unpacked",
+        "test_packed.py::test_bytes_are_as_described_and_fewer",
+        "test_packed.py::test_a_cache_is_quantised_on_the_way",
+        "test_packed.py::test_packed_rows_are_as_good_as_the_unpacked",
+        "test_formats.py",
+    ),
     "archive": (
         "test_row_log.py",
         "test_log_directory.py",
@@ -63,8 +72,29 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_rotary.py::test_rotary_positions_of_a_file_are_checked",
         "test_recall.py::test_a_saved_cache_goes_on_as_if_it_had_not_been",
         "test_recall.py::test_what_no_reading_could_have_left_is_refused",
-        "test_saved.py",
+        "test_saved.py::test_a_state_that_cannot_be_is_refused",
+        "test_saved.py::test_who_is_protected_must_be_held",
+        "test_saved.py::test_the_dead_slot_holds_who_left_at_the_last_step",
+        "test_saved.py::test_files_that_do_not_fit_the_model_are_refused",
+        "test_saved.py::test_one_changed_weight_is_another_model",
+        "test_saved.py::test_the_order_of_numbers_is_part_of_a_fingerprint",
+        "test_saved.py::test_a_save_that_fails_leaves_the_old_file",
+        "test_saved.py::test_a_file_that_was_put_together_wrongly_is_refused",
+        "test_saved.py::test_models_with_caches_of_several_kinds_go_on_the_same",
+        "test_saved.py::test_what_comes_after_loading_is_the_same_to_the_bit",
+        "test_saved.py::test_a_changed_state_is_refused_or_goes_on",
     ),
     "conversion": ("test_conversion.py", "test_budget.py", "test_hooks.py"),
-    "server": ("test_hooks.py", "test_serving.py"),
+    "server": (
+        "test_serving.py::"
+        "test_a_conversation_pins_what_comes_before_its_first_question",
+        "test_serving.py::test_more_drafts_than_can_be_taken_back_are_refused",
+        "test_serving.py::test_a_draft_model_beside_shared_layers_is_refused",
+        "test_serving.py::test_a_stored_prompt_that_pins_otherwise_is_read_again",
+        "test_serving.py::test_layers_without_a_position_stay_with_the_others",
+        "test_serving.py::test_what_cannot_be_taken_back_is_read_anew",
+        "test_serving.py::test_the_very_same_tokens_leave_one_to_read",
+        "test_hooks.py",
+        "test_serving.py::test_a_second_turn_goes_on_after_drafts_without_a_gap",
+    ),
 }

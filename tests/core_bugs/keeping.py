@@ -110,6 +110,9 @@ _STORAGE = [
     ),
 ]
 
+_WATCH = (
+    "test_interrupted.py::test_layers_watch_each_other_however_their_caches_came",
+)
 _BACK = ("test_recall.py::test_taking_tokens_back_takes_back_what_was_recalled",)
 _READ = (
     "test_recall.py::test_an_archive_is_read_in_tiles_as_in_one",
@@ -391,6 +394,7 @@ _SAVED = [
         "loaded caches do not watch each other",
         "    keep_together(caches)\n    return caches, metadata\n",
         "    return caches, metadata\n",
+        _WATCH,
     ),
     (
         "an archive on disk is not saved",
@@ -442,7 +446,7 @@ _CONVERSION = [
         "    keep_together(caches)\n",
         "            if isinstance(cache, PolicyKVCache):\n"
         "                cache.share()\n",
-        ("test_interrupted.py",),
+        _WATCH,
     ),
     (
         "layers that share keys are not told",
@@ -548,6 +552,9 @@ _SERVER = [
         "completions are pinned as chats",
         'if request.request_type != "chat" or not tokenizer.has_chat_template:',
         "if not tokenizer.has_chat_template:",
+        (),
+        "Equivalent: the prompt of a completion is the same whatever the messages, so "
+        "nothing differs after a beginning, which is 0 tokens then too.",
     ),
     (
         "the first question is pinned",
