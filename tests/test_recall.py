@@ -625,6 +625,9 @@ def test_a_killed_run_leaves_a_directory_that_can_be_used_again(model, tmp_path)
     assert not list(place.rglob("*.rows"))
     tiny.feed(model, tiny.tokens(300), caches, 100)
     assert caches[0].archived == 256 - 1 - 28
+    del caches
+    gc.collect()
+    assert not list(place.iterdir())
 
 
 def test_a_directory_that_cannot_be_written_is_refused(model, tmp_path):
