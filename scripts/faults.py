@@ -37,7 +37,7 @@ from faults import Place
 from tova_mlx.tables import table
 
 # Of a command's time, when Ctrl-C comes.
-MOMENTS = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9)
+MOMENTS = (0.2, 0.4, 0.6, 0.8)
 # Pages that a real disk has left.
 PAGES = (1, 3, 12)
 
