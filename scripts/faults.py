@@ -1,6 +1,6 @@
 """Every command disturbed: killed, on a full disk, by Ctrl-C, in odd surroundings.
 
-    python scripts/faults.py [--only kill] [--steps 8] [--out results/trust/faults.json]
+    python scripts/faults.py [--only kill] [--jobs 2] [--out results/trust/faults.json]
 
 Runs the commands themselves, each in a fresh process, with a tiny random model. Those
 that write files are disturbed at their n-th step of work on files (`tests/faulty`) by
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from faults import Place
 from tova_mlx.tables import table
 
 # Of a command's time, when Ctrl-C comes.
-MOMENTS = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9)
+MOMENTS = (0.2, 0.4, 0.6, 0.8)
 # Pages that a real disk has left.
 PAGES = (1, 3, 12)
 
@@ -110,63 +111,85 @@ def signals(place: Place) -> Iterator[Try]:
         yield fault, name, lambda attempt=attempt: attempt(place)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parts: dict[str, Callable[[Place], Iterator[Try]]] = {
-        "kill": lambda place: steps_disturbed(place, "kill", args.steps),
-        "full": lambda place: steps_disturbed(place, "full", args.steps // 2),
-        "interrupt": lambda place: steps_disturbed(place, "interrupt", args.steps // 2),
-        "disks": disks,
-        "ends": endings,
-        "signals": signals,
-    }
-    parser.add_argument("--only", choices=parts, action="append")
-    parser.add_argument("--steps", type=int, default=8, help="at most, per command")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    begun = time.perf_counter()
-    found: dict[tuple[str, str], list[list[str]]] = {}
-    left_out = []
+def run_part(part: str, steps: int) -> list[tuple[str, str, list[str]]]:
+    """Make all tries of a part, in a place of its own: fault, command, problems."""
+    found = []
     with tempfile.TemporaryDirectory(prefix="tova_mlx-faults-") as root:
         # Others shall get in, for a user who is not this one.
         Path(root).chmod(0o755)
-        place = Place(Path(root))
-        for part in args.only or parts:
-            if part == "disks" and not ends.can_mount():
-                left_out.append("disks: mounting needs root on Linux")
-                continue
-            for fault, command, attempt in parts[part](place):
-                problems = [problem.replace(root, "…") for problem in attempt()]
-                found.setdefault((fault, command), []).append(problems)
-                said = "; ".join(problems) or "survived"
-                print(f"{fault}, {command}: {said}", file=sys.stderr, flush=True)
-    rows = [_row(fault, command, tries) for (fault, command), tries in found.items()]
+        for fault, command, attempt in PARTS[part](Place(Path(root)), steps):
+            problems = [problem.replace(root, "…") for problem in attempt()]
+            found.append((fault, command, problems))
+            said = "; ".join(problems) or "survived"
+            print(f"{fault}, {command}: {said}", file=sys.stderr, flush=True)
+    return found
+
+
+PARTS: dict[str, Callable[[Place, int], Iterator[Try]]] = {
+    "kill": lambda place, n: steps_disturbed(place, "kill", n),
+    "full": lambda place, n: steps_disturbed(place, "full", n // 2),
+    "interrupt": lambda place, n: steps_disturbed(place, "interrupt", n // 2),
+    "disks": lambda place, n: disks(place),
+    "ends": lambda place, n: endings(place),
+    "signals": lambda place, n: signals(place),
+}
+
+
+def rows_of(part: str, tried: list[tuple[str, str, list[str]]]) -> list[dict[str, Any]]:
+    """A row for each fault and command of a part."""
+    found: dict[tuple[str, str], list[list[str]]] = {}
+    for fault, command, problems in tried:
+        found.setdefault((fault, command), []).append(problems)
+    return [
+        {
+            "part": part,
+            "fault": fault,
+            "command": command,
+            "tries": len(tries),
+            "survived": sum(not problems for problems in tries),
+            "failures": [problem for problems in tries for problem in problems],
+        }
+        for (fault, command), tries in found.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=PARTS, action="append")
+    parser.add_argument("--steps", type=int, default=10, help="at most, per command")
+    parser.add_argument("--jobs", type=int, default=1, help="parts at a time")
+    parser.add_argument("--out", type=Path, help="rows of parts not run again stay")
+    args = parser.parse_args()
+    parts, left_out = args.only or [*PARTS], []
+    if not ends.can_mount():
+        left_out.append("real disks, and users without a home: need root on Linux")
+        parts = [part for part in parts if part != "disks"]
+    rows: list[dict[str, Any]] = []
+    if args.out and args.out.exists():
+        earlier = json.loads(args.out.read_text(encoding="utf-8"))["rows"]
+        rows = [row for row in earlier if row["part"] not in parts]
+    report: dict[str, Any] = {}
+    with ThreadPoolExecutor(args.jobs) as pool:
+        running = {pool.submit(run_part, part, args.steps): part for part in parts}
+        for done in as_completed(running):
+            rows += rows_of(running[done], done.result())
+            rows.sort(key=lambda row: [*PARTS].index(row["part"]))
+            report = {
+                "tries": sum(row["tries"] for row in rows),
+                "survived": sum(row["survived"] for row in rows),
+                "left_out": left_out,
+                "rows": rows,
+                **provenance(),
+            }
+            if args.out:
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                text = json.dumps(report, indent=1) + "\n"
+                args.out.write_text(text, encoding="utf-8")
     names = ("fault", "command", "tries", "survived")
     lines = [names, *(tuple(row[name] for name in names) for row in rows)]
     print(table(lines, "< < > >"))
-    report = {
-        "tries": sum(row["tries"] for row in rows),
-        "survived": sum(row["survived"] for row in rows),
-        "left_out": left_out,
-        "rows": rows,
-        "seconds": round(time.perf_counter() - begun),
-        **provenance(),
-    }
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report))
     sys.exit(report["survived"] < report["tries"])
-
-
-def _row(fault: str, command: str, tries: list[list[str]]) -> dict[str, Any]:
-    return {
-        "fault": fault,
-        "command": command,
-        "tries": len(tries),
-        "survived": sum(not problems for problems in tries),
-        "failures": [problem for problems in tries for problem in problems],
-    }
 
 
 if __name__ == "__main__":

@@ -283,9 +283,9 @@ def wrong_after_interrupt(done: Done) -> list[str]:
     if done.has_traceback:
         return [f"a traceback: {done.last}"]
     # It may have been done before. And CPython ends by the signal itself, 130 for a
-    # shell, where that came while it ran a text, as it does to make a dataclass.
-    said = "Interrupted." in done.err
-    if done.code in (130, 0) or (done.code == -SIGINT and said):
+    # shell, as it begins and as it winds down, and where the signal came while it ran
+    # a text, as it does to make a dataclass.
+    if done.code in (130, 0, -SIGINT):
         return []
     return [f"exit {done.code} after Ctrl-C: {done.last}"]
 

@@ -8,6 +8,7 @@ happen at the n-th step of a command's work on files, see `faulty/sitecustomize.
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -155,8 +156,7 @@ class Place:
 
 
 def default_interrupt() -> None:
-    import signal
-
+    """Let Ctrl-C raise in Python, whatever this process was told."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import gemma3_text, llama, qwen3_moe
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-from tova_mlx import describe
+from tova_mlx import PolicyKVCache, TOVACache, describe
 from tova_mlx.benchmark import bench as measuring
 from tova_mlx.benchmark import bound, decoding, report
 from tova_mlx.benchmark.baselines import FULL
@@ -24,6 +24,7 @@ from tova_mlx.benchmark.reading import DECODED, Job, read_contexts
 from tova_mlx.cli import main, models
 from tova_mlx.errors import EvaluationError
 from tova_mlx.evaluation.results import Setting
+from tova_mlx.hooks import registration
 
 command = importlib.import_module("tova_mlx.cli.bench")
 
@@ -282,6 +283,8 @@ def test_what_decodes_has_read_what_was_saved(tmp_path, model):
     how = measuring.How(CONTEXTS, 8, 0, 1, 4096)
     bench = measuring.Bench(Nothing(tmp_path), [FULL, TOVA, ROTATING], how)
     bench._folder = tmp_path
+    # As in a process in which nothing of ours was made.
+    registration.uninstall(PolicyKVCache, TOVACache)
     cases = bench.cases(model)
     assert [(c.setting, c.context) for c in cases] == [
         (s, c) for s in (FULL, TOVA, ROTATING) for c in CONTEXTS

@@ -334,6 +334,30 @@ def test_a_full_standard_output_is_one_line(command, tmp_path):
     )
 
 
+@pytest.mark.parametrize("ignored", [False, True])
+def test_ctrl_c_while_the_program_is_imported_says_nothing(ignored):
+    program = f"""
+import os, runpy, signal, sys
+
+class Press:
+    def find_spec(self, name, *_):
+        if name == "click":
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if {ignored}:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+sys.meta_path.insert(0, Press())
+sys.argv[1:] = ["--version"]
+runpy.run_module("tova_mlx", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True)
+    assert done.stderr == b""
+    # What a shell says 130 to; a job in the background goes on.
+    assert done.returncode == (0 if ignored else -signal.SIGINT)
+    assert bool(done.stdout) == ignored
+
+
 def test_a_file_that_fails_is_named(monkeypatch):
     def fail(_):
         raise PermissionError(13, "Permission denied", "/etc/some file")

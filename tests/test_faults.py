@@ -94,7 +94,7 @@ def test_a_command_survives(place, name, kind, step):
         ("stdout full", "--help"),
         ("stdout full", "generate"),
         ("streams of ASCII", "generate --json"),
-        ("a locale of ASCII", "run generate"),
+        ("a locale of ASCII alone", "run chat"),
     ],
 )
 def test_a_command_ends_well(place, name, command):

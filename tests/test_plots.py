@@ -4,8 +4,10 @@ import itertools
 
 import pytest
 
+from tova_mlx.errors import EvaluationError
 from tova_mlx.evaluation import kept
-from tova_mlx.evaluation.plots import line_of, styles
+from tova_mlx.evaluation.plots import line_of, new_figure, pyplot, save, styles
+from tova_mlx.evaluation.results import shown
 
 # As committed figures show them.
 COLOURS = {
@@ -33,6 +35,45 @@ def test_known_policies_keep_their_colours_whatever_else_is_drawn():
             if name in COLOURS:
                 assert look["color"] == COLOURS[name]
                 assert look["linestyle"] == ("--" if name == "full" else "-")
+
+
+def test_a_figure_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "figure.png"
+    save(new_figure()[0], path)
+    whole = path.read_bytes()
+    assert whole.startswith(b"\x89PNG")
+
+    def half(figure, name, **_):
+        name.write_bytes(whole[:99])
+        raise OSError(28, "No space left on device")
+
+    figure, _ = new_figure()
+    monkeypatch.setattr(type(figure), "savefig", half)
+    with pytest.raises(EvaluationError, match=r"figure.png: cannot be written \(No sp"):
+        save(figure, path)
+    assert path.read_bytes() == whole
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_matplotlib_without_a_directory_of_its_own_is_one_line(monkeypatch):
+    import matplotlib
+
+    def nowhere(*_, **__):
+        raise OSError("Matplotlib requires access to a writable cache directory")
+
+    monkeypatch.setattr(matplotlib, "use", nowhere)
+    with pytest.raises(EvaluationError, match="Set MPLCONFIGDIR to one that can"):
+        pyplot()
+
+
+def test_the_name_of_a_file_that_is_no_text_can_be_drawn(tmp_path):
+    # As Python has a name in Latin-1.
+    name = shown("caf\udce9")
+    assert name == "caf\N{REPLACEMENT CHARACTER}"
+    figure, _ = new_figure()
+    figure.suptitle(name)
+    save(figure, tmp_path / "figure.png")
+    assert shown("Größe 世界") == "Größe 世界"
 
 
 def test_lines_differ_in_more_than_the_label():

@@ -6,7 +6,6 @@ import gc
 import os
 import subprocess
 import sys
-import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -402,7 +401,7 @@ def test_what_is_on_disk_is_saved_and_goes_on_where_it_is_loaded(tmp_path):
         load_prompt_cache(tmp_path / "no")
 
 
-@pytest.mark.parametrize("where", ["os", "tempfile"])
+@pytest.mark.parametrize("where", ["os", "places"])
 @pytest.mark.parametrize("forgets", [False, True])
 def test_a_disk_that_takes_no_more_ends_it_or_is_done_without(
     forgets, where, tmp_path, monkeypatch
@@ -422,7 +421,7 @@ def test_a_disk_that_takes_no_more_ends_it_or_is_done_without(
         else:
             # Where the rows of more positions would be noted.
             context.setattr(disk_archive, "ROOM", 128)
-            context.setattr(tempfile, "TemporaryFile", write)
+            context.setattr(LogDirectory, "nameless", write)
             cache.slots.recall.archive.disk._places = np.asarray(
                 cache.slots.recall.archive.disk._places
             )[:, :, :256]
@@ -626,6 +625,9 @@ def test_a_killed_run_leaves_a_directory_that_can_be_used_again(model, tmp_path)
     assert not list(place.rglob("*.rows"))
     tiny.feed(model, tiny.tokens(300), caches, 100)
     assert caches[0].archived == 256 - 1 - 28
+    del caches
+    gc.collect()
+    assert not list(place.iterdir())
 
 
 def test_a_directory_that_cannot_be_written_is_refused(model, tmp_path):
