@@ -28,8 +28,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = (
-    *("hostile_caches", "hostile_own", "hostile_rows"),
-    *("hostile_models",),
+    *("hostile_caches", "hostile_own", "hostile_rows", "hostile_texts"),
+    *("hostile_archives", "hostile_models", "hostile_commands"),
 )
 # Of all inputs, the shares of kinds; of others, 1.
 SHARES = {
