@@ -275,9 +275,7 @@ def reader_of(gguf: Path) -> "GGUFReader":
     return Reader(gguf)
 
 
-def write_model(
-    reader: "GGUFReader", target: Path, dtype: type[np.floating]
-) -> None:
+def write_model(reader: "GGUFReader", target: Path, dtype: type[np.floating]) -> None:
     fields = {name: f.contents() for name, f in reader.fields.items()}
     name = fields["general.architecture"]
     about = ARCHITECTURES[name]

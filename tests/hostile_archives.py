@@ -2,8 +2,8 @@
 
 What is changed before it is read, or read for a save, must be an error: never other
 rows. A block that was whole when it was first read is not checked for every token, so
-what is changed after that comes back changed. A directory that is given for an archive may
-hold anything, and nothing that is not of an archive may be lost in it.
+what is changed after that comes back changed. A directory that is given for an archive
+may hold anything, and nothing that is not of an archive may be lost in it.
 """
 
 import os
@@ -25,7 +25,9 @@ from tova_mlx.storage.row_log import BLOCK, MAGIC
 SETUPS = [
     Setup("tova", 5, recall=16, archived=32),
     Setup("tova", 5, recall=32, kv_bits=8, archived=64),
-    Setup("fade", 6, (("n_recent", 2), ("granularity", "head")), recall=16, archived=32),
+    Setup(
+        "fade", 6, (("n_recent", 2), ("granularity", "head")), recall=16, archived=32
+    ),
     Setup("streaming", 7, recall=16, archived=16),
 ]
 

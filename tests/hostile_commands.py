@@ -35,7 +35,12 @@ class Commands:
         self.text.write_text("hi hi 12\n" * 30, encoding="utf-8")
         self.talk, self.prompt = (place / f"{n}.safetensors" for n in ("a", "b"))
         self.out = place / "out"
-        commands = [self.chat("/save"), self.cache(), self.perplexity(), self.generate()]
+        commands = [
+            self.chat("/save"),
+            self.cache(),
+            self.perplexity(),
+            self.generate(),
+        ]
         for done in commands:
             assert done.returncode == 0, done.stderr
         files = (self.talk, self.prompt, self.text, self.out / "results.jsonl")

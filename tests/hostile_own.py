@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from hostile import RIGHT, Kind, Outcome, refused
-from hostile_caches import mutated_array
+from hostile_parts import mutated_array
 from mlx_lm.models import cache as mlx_lm_cache
 
 from tova_mlx import load_prompt_cache
@@ -95,8 +95,9 @@ def go_on(cache: Any) -> None:
     keys, values = cache.keys, cache.values
     shapes = [getattr(a, "shape", None) for a in (keys, values)]
     if isinstance(cache, mlx_lm_cache.QuantizedKVCache):
-        shapes = [(*k[0].shape[:3], k[0].shape[3] * 32 // cache.bits) for k in
-                  (keys, values)]
+        shapes = [
+            (*k[0].shape[:3], k[0].shape[3] * 32 // cache.bits) for k in (keys, values)
+        ]
     before = cache.offset
     for n in (1, 3, 1):
         new = [mx.ones((*s[:2], n, s[3])) for s in shapes]

@@ -3,7 +3,6 @@
 A message says who, what was given, why it cannot work and what to do, in one line.
 """
 
-
 # Characters of a reason: what a damaged file says may have millions.
 _LONGEST = 200
 

@@ -245,7 +245,6 @@ class _Part:
             self.fd = -1
 
 
-
 def write_all(fd: int, data: bytes, offset: int) -> None:
     """Write everything, which a system call may not. Raises OSError."""
     view = memoryview(data)
