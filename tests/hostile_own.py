@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from hostile import RIGHT, Kind, Outcome, refused
-from hostile_caches import mutated_array
+from hostile_parts import mutated_array
 from mlx_lm.models import cache as mlx_lm_cache
 
 from tova_mlx import load_prompt_cache

@@ -10,6 +10,9 @@ from typing import Any
 from ..errors import EvaluationError
 from ..files import written_whole
 
+# Characters of a text: a device without end would fill the memory.
+_MOST = 1 << 28
+
 
 def read_text(path: Path, wanted: str = "Name a text file in UTF-8.") -> str:
     """A text file, its byte order mark left out; `wanted`: what to do without it.
@@ -17,7 +20,13 @@ def read_text(path: Path, wanted: str = "Name a text file in UTF-8.") -> str:
     Raises EvaluationError.
     """
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(_MOST + 1)
+        if len(text) <= _MOST:
+            return text
+        raise EvaluationError(
+            f"{path}: has more than {_MOST >> 20} Mi characters. Give a part of it."
+        )
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise EvaluationError(f"{path}: cannot be read ({reason}). {wanted}") from error

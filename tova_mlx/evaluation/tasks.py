@@ -143,7 +143,8 @@ def find(source: str, option: str) -> Path:
         # Anything may come from a network; the reason is all a user can use.
         raise EvaluationError(
             f"{option} {source}: no such file, and it cannot be had from the hub "
-            f"({reason_of(error)}). Check the name and the network, or give a local file."
+            f"({reason_of(error)}). Check the name and the network, or give a local "
+            "file."
         ) from error
 
 

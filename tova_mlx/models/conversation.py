@@ -204,7 +204,9 @@ class Conversation:
             turns = [Turn.of(turn) for turn in turns]
             # A version before did not note them.
             tokens = json.loads(metadata.get("tova_mlx_tokens", "[]"))
-            if not all(type(token) is int and token >= 0 for token in tokens):
+            if not isinstance(tokens, list) or not all(
+                type(token) is int and token >= 0 for token in tokens
+            ):
                 raise TypeError
         except (LookupError, ValueError, TypeError, RecursionError) as error:
             raise CacheStateError(

@@ -209,7 +209,7 @@ def _read(name: str) -> tuple[list[Any], dict[str, str]]:
     return caches, metadata
 
 
-def _check_kinds(caches: list[Any]) -> None:
+def _check_kinds(caches: Iterable[Any]) -> None:
     """ValueError, TypeError for what is not a cache, or is one that cannot be."""
     for cache in caches:
         if not isinstance(cache, PolicyKVCache):

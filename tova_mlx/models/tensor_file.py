@@ -68,7 +68,7 @@ def write_sum(path: str | os.PathLike[str], name: str) -> None:
 
 
 def check_sum(path: str | os.PathLike[str], name: str, told: str) -> None:
-    """Raise ValueError, OSError unless a file is as it was when it got this checksum."""
+    """Raise ValueError, OSError unless a file is as when it got this checksum."""
     if len(told) != len(UNSUMMED) or _sum(path, _place_of(path, name, told)) != told:
         raise ValueError("its checksum is wrong")
 

@@ -151,6 +151,8 @@ class Disk:
     def rows(self) -> Rows:
         """Return all rows that are there, in order of eviction."""
         assert self._log is not None
+        # Rows go where their positions say: not by what has changed since.
+        self._log.check_again()
         numbers = np.arange(self._log.first, self._log.count)
         wanted = np.broadcast_to(numbers, (*self._shape, len(numbers)))
         keys, values = self._take(wanted, "keys", "values")

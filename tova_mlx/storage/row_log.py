@@ -2,8 +2,8 @@
 
 A row is here what one evicted token has in one part of a log, say in its keys. A log is
 one file per part: a magic word, then blocks of 64 rows, each followed by a CRC32 of its
-rows and its number, so that a block torn or changed is an error, never wrong rows. No
-file is opened by a later run. Not for threads. Knows neither MLX nor caches.
+rows, its number and its file, so that a block torn or changed is an error, never wrong
+rows. No file is opened by a later run. Not for threads. Knows neither MLX nor caches.
 """
 
 from __future__ import annotations
@@ -131,6 +131,10 @@ class RowLog:
             taken[name] = found.view(part.dtype).reshape(len(numbers), *part.shape)
         return taken
 
+    def check_again(self) -> None:
+        """Have each block checked when it is read next, whether it was whole or not."""
+        self._checked[:] = False
+
     def truncate(self, count: int) -> None:
         """Forget the rows from `count` on. Writes nothing.
 
@@ -184,6 +188,8 @@ class _Part:
         self.row = np.dtype(f"V{size}")
         self.stored = np.dtype([("rows", self.row, (BLOCK,)), ("crc", "<u4")])
         self.buffer = np.zeros((BLOCK, *self.shape), dtype)
+        # So that a block of another file is not taken for one of this.
+        self.salt = int.from_bytes(os.urandom(8), "little")
         self.fd, self.map = -1, np.empty(0, self.stored)
 
     def _offset(self, place: int) -> int:
@@ -192,7 +198,7 @@ class _Part:
     def write(self, block: int, place: int) -> None:
         """Write the buffer. Raises OSError."""
         rows = self.buffer.tobytes()
-        write_all(self.fd, rows + _crc(rows, block), self._offset(place))
+        write_all(self.fd, rows + self._crc(rows, block), self._offset(place))
 
     def read(self, block: int, place: int) -> np.ndarray:
         """Return a block's rows. Raises CacheStateError if they are not as written.
@@ -205,9 +211,13 @@ class _Part:
         except OSError as error:
             why = error.strerror
         rows, crc = data[:-4], data[-4:]
-        if len(data) != self.stored.itemsize or crc != _crc(rows, block):
+        if len(data) != self.stored.itemsize or crc != self._crc(rows, block):
             raise self.error(f"block {block} is damaged ({why})")
         return np.frombuffer(rows, self.dtype).reshape(BLOCK, *self.shape)
+
+    def _crc(self, rows: bytes, block: int) -> bytes:
+        number = (self.salt ^ block).to_bytes(8, "little")
+        return zlib.crc32(number, zlib.crc32(rows)).to_bytes(4, "little")
 
     def gather(self, places: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Return rows of the blocks at these places, from the map."""
@@ -233,11 +243,6 @@ class _Part:
                 os.close(self.fd)
                 os.unlink(self.path)
             self.fd = -1
-
-
-def _crc(rows: bytes, block: int) -> bytes:
-    crc = zlib.crc32(block.to_bytes(8, "little"), zlib.crc32(rows))
-    return crc.to_bytes(4, "little")
 
 
 def write_all(fd: int, data: bytes, offset: int) -> None:
