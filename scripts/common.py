@@ -21,6 +21,7 @@ PAGES = {
     "short": "README.md",
     "policies": "docs/policies.md",
     "models": "docs/models.md",
+    "trust": "docs/trust.md",
     **dict.fromkeys(
         (
             *("quality", "bits", "bytes", "perplexity", "needle", "longrange", "kept"),

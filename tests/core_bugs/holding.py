@@ -72,7 +72,7 @@ _CACHES = [
     ),
     (
         "the victim is counted as held",
-        "positions = mx.where(slots == victim, _LAST, positions)",
+        "positions = mx.where(slots == victim, LAST, positions)",
         "positions = mx.where(slots == victim, positions, positions)",
     ),
     (
@@ -151,8 +151,8 @@ _CACHES = [
     ),
     (
         "the bound forgets the victim's slot",
-        "slots = per_slot * (limit + 1) + 4 * heads",
-        "slots = per_slot * limit + 4 * heads",
+        "total = per_slot * (limit + 1) + 4 * heads",
+        "total = per_slot * limit + 4 * heads",
         ("test_cache.py::test_generate_step_runs_and_bytes_stay",),
     ),
 ]
@@ -294,7 +294,7 @@ _BATCH = [
     ),
     (
         "rows of other options may join",
-        "        _check_alike(_made(self), _made(other))\n",
+        "        check_alike(_made(self), _made(other))\n",
         "",
     ),
     (
@@ -451,43 +451,43 @@ _JOURNAL = [
     ),
     (
         "the victim of what was taken back is written next",
-        "self.offset, self.victim = to, None",
-        "self.offset = to",
+        "slots.offset, slots.victim = to, None",
+        "slots.offset = to",
     ),
     (
         "scores are not taken back",
-        "            self.remember(_ordered_scores(before, self.size()))\n",
+        "        slots.remember(_ordered_scores(before, slots.size()))\n",
         "            pass\n",
     ),
     (
         "scores are taken back in the order of the slots",
-        "return gather(before.scores, _in_order(before.positions, before.victim, n))",
+        "return gather(before.scores, in_order(before.positions, before.victim, n))",
         "return before.scores[..., :n]",
     ),
     (
         "a policy that remembers is taken back without scores",
-        "if self.rule.memory and self.journal.scores_before(to) is None:",
-        "if self.rule.memory and to < 0:",
+        "if slots.rule.memory and slots.journal.scores_before(to) is None:",
+        "if slots.rule.memory and to < 0:",
     ),
     (
         "evictions before the limit are counted",
-        "evictions = 0 if limit is None else self.offset - max(to, limit)",
-        "evictions = 0 if limit is None else self.offset - to",
+        "evictions = 0 if limit is None else slots.offset - max(to, limit)",
+        "evictions = 0 if limit is None else slots.offset - to",
     ),
     (
         "the last victim cannot come back",
-        "at_hand = len(self.journal.evicted_since(to)) + (self.victim is not None)",
-        "at_hand = len(self.journal.evicted_since(to))",
+        "at_hand = len(slots.journal.evicted_since(to)) + (slots.victim is not None)",
+        "at_hand = len(slots.journal.evicted_since(to))",
     ),
     (
         "what is taken back is held before all others",
-        "return mx.argsort(mx.where(positions < to, positions, _LAST), axis=-1)",
+        "return mx.argsort(mx.where(positions < to, positions, LAST), axis=-1)",
         "return mx.argsort(mx.where(positions < to, positions, -1), axis=-1)",
     ),
     (
         "the slot of the last victim does not come back",
-        "n = self.size() if self.victim is None else self.keys.shape[2]",
-        "n = self.size()",
+        "n = slots.size() if slots.victim is None else slots.keys.shape[2]",
+        "n = slots.size()",
     ),
     (
         "norms do not come back",
@@ -496,7 +496,7 @@ _JOURNAL = [
     ),
     (
         "nobody observes who went back to nothing",
-        "            new.observer = self.observer\n",
+        "        new.observer = self.observer\n",
         "",
         (
             "test_hooks.py::test_who_went_back_to_nothing_is_still_observed_and_a_copy_is_not",
@@ -504,8 +504,8 @@ _JOURNAL = [
     ),
     (
         "a cache that went back to nothing is not renumbered",
-        "                self.storage,\n                self.renumbering,\n",
-        "                self.storage,\n                None,\n",
+        "            self.storage,\n            self.renumbering,\n",
+        "            self.storage,\n            None,\n",
         (_BACK,),
     ),
     (
@@ -546,7 +546,7 @@ _JOURNAL = [
     ),
     (
         "a renumbering that is not known is taken back",
-        "return first > self.offset or (known is not None and known.step == first - 1)",
+        "return first > slots.offset or (known is not None and known.step == first - 1)",
         "return True",
         ("test_rotary.py::test_a_renumbering_from_before_a_file_is_not_taken_back",),
     ),

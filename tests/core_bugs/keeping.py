@@ -100,13 +100,13 @@ _STORAGE = [
     ),
     (
         "a cache quantised on the way is centred on nothing",
-        "stored = stored.fitted(*map(dequantized, slots.held_entries()))",
-        "stored = stored.widened()",
+        "storage = storage.fitted(*map(dequantized, self.held_entries()))",
+        "storage = storage.widened()",
     ),
     (
         "a cache quantised on the way keeps its options",
-        "return self.of(replace(self.options, storage=stored), twin, self.shares)",
-        "return self.of(self.options, twin, self.shares)",
+        "return self.of(options, stored, self.shares)",
+        "return self.of(self.options, stored, self.shares)",
     ),
 ]
 
@@ -122,13 +122,13 @@ _READ = (
 _ARCHIVE = [
     (
         "a block that is torn is read",
-        "or crc != _crc(rows, block):",
+        "or crc != self._crc(rows, block):",
         "or not crc:",
     ),
     (
         "a block in the place of another is read",
-        'crc = zlib.crc32(block.to_bytes(8, "little"), zlib.crc32(rows))',
-        "crc = zlib.crc32(rows)",
+        'number = (self.salt ^ block).to_bytes(8, "little")',
+        'number = self.salt.to_bytes(8, "little")',
     ),
     (
         "a block that is written again is not checked",
@@ -162,8 +162,8 @@ _ARCHIVE = [
     ),
     (
         "files of others are swept away",
-        "if head != MAGIC and not (found_lock and MAGIC.startswith(head)):",
-        "if head != MAGIC and not found_lock:",
+        "if head != MAGIC and not early:",
+        "if head != MAGIC and found_lock is None:",
     ),
     (
         "archived rows that were taken back stay",
@@ -362,8 +362,8 @@ _SAVED = [
     ),
     (
         "infinite scores are loaded",
-        "if not (~held | (np.isfinite(known) & (known >= least))).all():",
-        "if not (~held | (known >= least)).all():",
+        "if not ((slot == victim) | np.isfinite(scores)).all():",
+        "if not ((slot == victim) | ~np.isnan(scores)).all():",
     ),
     (
         "slots that are not enough are loaded",
