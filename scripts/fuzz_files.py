@@ -34,13 +34,12 @@ MODULES = (
 # Of all inputs, the shares of kinds; of others, 1.
 SHARES = {
     "saved cache, bytes": 8,
-    "saved cache, parts": 6,
-    "saved cache of mlx-lm's own": 4,
-    "rows of an evaluation": 2,
-    "rows of an archive": 3,
-    "model directory": 2,
-    "archive in use": 0.3,
-    "command line": 0.05,
+    "saved cache, parts": 4,
+    "saved cache of mlx-lm's own": 6,
+    "rows of an archive": 5,
+    "model directory": 1.5,
+    "archive in use": 0.2,
+    "command line": 0.04,
 }
 # Bytes that a worker may have mapped, and that a file of its may have.
 MAPPED, WRITTEN = 8 << 30, 1 << 30

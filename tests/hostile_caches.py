@@ -160,12 +160,17 @@ def fits(cache: PolicyKVCache, setup: Setup) -> bool:
     own = setup.make().slots.renumbering
     if (when and when.rotation) != (own and own.rotation):
         return False
-    arrays = [a for a in (slots.scores, slots.value_norms) if a is not None]
+    limits = [(a, 16) for a in (slots.scores, slots.value_norms) if a is not None]
     recall = slots.recall
     for rows in (slots, recall and recall.archive, recall and recall.joined()):
         if rows is not None and rows.keys is not None:
-            arrays += map(dequantized, (rows.keys, rows.values))
-    return all(a.dtype == mx.float32 and mx.abs(a).max() < 16 for a in arrays)
+            # By larger keys the least weights are 0 in float32, and all alike.
+            limits += [(dequantized(rows.keys), 3), (dequantized(rows.values), 16)]
+            lengths = mx.linalg.norm(limits[-2][0].astype(mx.float32), axis=-1)
+            if lengths.min() < 1e-3:
+                # No direction in float32.
+                return False
+    return all(a.dtype == mx.float32 and mx.abs(a).max() < n for a, n in limits)
 
 
 def go_on_alone(world: World) -> None:
