@@ -17,7 +17,7 @@ def max_nbytes(slots: Slots) -> int | None:
     if slots.renumbering is not None:
         per_slot += 4 * heads * (1 + slots.keeps_stored)
         if slots.journal.length:
-            times = 1 + slots.journal.length // n_slots.renumbering.period
+            times = 1 + slots.journal.length // slots.renumbering.period
             renumbered = 8 * heads * limit * times
     memory = bool(slots.rule.memory)
     per_step = per_slot + 4 * heads
