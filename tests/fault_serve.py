@@ -66,7 +66,8 @@ def _ended(done: Done, codes: tuple[int, ...]) -> list[str]:
 
 
 def _loading(number: int) -> Callable[[Place], list[str]]:
-    codes = (130, -SIGTERM) if number == SIGTERM else (130,)
+    # By the signal itself before our handlers are there: 130 or 143 for a shell.
+    codes = (130, -number)
 
     def attempt(place: Place) -> list[str]:
         problems = []

@@ -334,6 +334,30 @@ def test_a_full_standard_output_is_one_line(command, tmp_path):
     )
 
 
+def test_ctrl_c_while_a_library_is_imported_ends_at_once():
+    # A library that makes another error of it, as MLX does, or loses it.
+    program = """
+import os, signal, sys
+from tova_mlx.cli import main
+
+class Press:
+    def find_spec(self, name, *_):
+        if name in ("mlx", "mlx.core"):
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except KeyboardInterrupt:
+                raise ImportError("Encountered an error") from None
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Press())
+main(["info", "--model", sys.argv[1]])
+"""
+    place = str(Path(__file__).parent)
+    command = [sys.executable, "-c", program, place]
+    done = subprocess.run(command, capture_output=True)
+    assert (done.returncode, done.stderr) == (130, b"Interrupted.\n")
+
+
 @pytest.mark.parametrize("ignored", [False, True])
 def test_ctrl_c_while_the_program_is_imported_says_nothing(ignored):
     program = f"""

@@ -2,8 +2,12 @@
 
 import io
 import os
+import signal
 import sys
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NoReturn
 
 import click
 
@@ -34,7 +38,8 @@ class _Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         try:
-            done = super().invoke(ctx)
+            with _quiet_imports():
+                done = super().invoke(ctx)
             # Now: at Python's end it would be too late to say that this fails.
             sys.stdout.flush()
             return done
@@ -45,6 +50,32 @@ class _Group(click.Group):
             click.echo("\n" * sys.stderr.isatty() + "Interrupted.", err=True)
             sys.exit(130)
         sys.exit(1)
+
+
+@contextmanager
+def _quiet_imports() -> Iterator[None]:
+    """Let Ctrl-C end the process at once while something is imported.
+
+    What it raises there may be lost, or come out of a library as another error.
+    """
+
+    def press(number: int, frame: FrameType | None) -> NoReturn:
+        while frame is not None:
+            if frame.f_code.co_filename.startswith("<frozen importlib"):
+                os.write(2, b"Interrupted.\n")
+                os._exit(130)
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        # Ignored, or somebody else's.
+        yield
+        return
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _open_streams() -> None:
