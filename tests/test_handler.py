@@ -22,8 +22,8 @@ from tova_mlx.errors import OptionError, RequestError
 from tova_mlx.hooks import handler
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from abusers import exchange
-from server_abuse import HOST, TEXT, Abuse, completion, request
+from abusers import exchange, leave
+from server_abuse import HOST, TEXT, Abuse, completion, request, user
 
 DEFAULTS = SimpleNamespace(
     **{"num_draft_tokens": 3, "max_tokens": 9, "temp": 0.0, "top_p": 1.0, "top_k": 0},
@@ -39,11 +39,14 @@ class Answers:
     def __init__(self, parts):
         self.parts = parts
         self.contexts = []
+        self.begin = threading.Event()
+        self.begin.set()
 
     def generate(self, request, args, progress_callback):
         machine = TextStateMachine()
         context = GenerationContext(False, False, None, machine, "normal", [1])
         self.contexts.append(context)
+        self.begin.wait()
         return context, self.parts(progress_callback)
 
 
@@ -95,6 +98,15 @@ def test_an_answer_ends_when_its_client_leaves(parts, stream, monkeypatch):
             assert comes_true(lambda: answers.contexts)
             time.sleep(0.05)
             assert not answers.contexts[0]._should_stop
+        assert comes_true(lambda: answers.contexts[0]._should_stop)
+
+
+def test_a_stream_ends_whose_client_left_before_it_began(monkeypatch):
+    with listening(without_end, monkeypatch) as (port, answers):
+        answers.begin.clear()
+        leave(port, {"messages": [user("Why?")], "stream": True}, 0.05)
+        assert comes_true(lambda: answers.contexts)
+        answers.begin.set()
         assert comes_true(lambda: answers.contexts[0]._should_stop)
 
 

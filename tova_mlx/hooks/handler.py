@@ -57,6 +57,7 @@ class _Attended:
     def __init__(self, generator: Any, check: Callable[[], None]):
         self._generator = generator
         self._check = check
+        self._context: Any = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._generator, name)
@@ -72,8 +73,13 @@ class _Attended:
                 self._check()
                 yield response
 
-        context, responses = self._generator.generate(request, args, progress)
-        return context, attended()
+        self._context, responses = self._generator.generate(request, args, progress)
+        return self._context, attended()
+
+    def stop(self) -> None:
+        """Stop what is generated; mlx-lm does not if it cannot send a first line."""
+        if self._context is not None:
+            self._context.stop()
 
 
 def request_handler(max_draft_tokens: int | None) -> type[server.APIHandler]:
@@ -159,8 +165,8 @@ def request_handler(max_draft_tokens: int | None) -> type[server.APIHandler]:
             return super().handle_chat_completions()
 
         def handle_completion(self, request: Any, stop_words: list[str]) -> None:
-            generator: Any = self.response_generator
-            self.response_generator = _Attended(generator, self._check_client)  # pyright: ignore
+            attended: Any = _Attended(self.response_generator, self._check_client)
+            self.response_generator = attended
             try:
                 super().handle_completion(request, stop_words)
             except OSError:
@@ -168,6 +174,8 @@ def request_handler(max_draft_tokens: int | None) -> type[server.APIHandler]:
                 raise
             except Exception as error:
                 self._fail(str(error))
+            finally:
+                attended.stop()
 
         def _check_client(self) -> None:
             """Raise ConnectionAbortedError if the client will send nothing more."""
