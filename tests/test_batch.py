@@ -329,6 +329,15 @@ def test_merged_caches_are_left_as_they_are(model):
     assert mlx_lm_cache.can_trim_prompt_cache(batch) is False
 
 
+def test_a_model_with_its_own_attention_sees_no_padding():
+    # It goes by the mask alone. With fewer KV heads mlx-lm's takes rows for them.
+    model, options = tiny.make_own_attention(n_kv_heads=4), {"policy": "window"}
+    batch = Batch(model, [Row(model, n, n, options) for n in (30, 3)], options, 16)
+    batch.step()
+    batch.read([2, 5], 16)
+    batch.step()
+
+
 def test_rows_that_join_come_behind_those_that_are_there(model):
     options = {"policy": "fade"}
     one, other = (

@@ -26,7 +26,7 @@ def make(seed: int = 0, n_heads: int = 6, n_kv_heads: int = 2, head_dim: int = 8
     return model
 
 
-def make_own_attention():
+def make_own_attention(n_kv_heads: int = 2):
     """A tiny Gemma 2, which computes its own attention."""
     mx.random.seed(2)
     return gemma2.Model(
@@ -39,7 +39,7 @@ def make_own_attention():
             head_dim=8,
             rms_norm_eps=1e-5,
             vocab_size=VOCABULARY,
-            num_key_value_heads=2,
+            num_key_value_heads=n_kv_heads,
         )
     )
 

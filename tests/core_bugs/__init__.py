@@ -30,6 +30,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_batch.py::test_what_cannot_be_one_batch_is_refused",
         "test_batch.py::test_merged_caches_are_left_as_they_are",
         "test_batch.py::test_rows_that_join_come_behind_those_that_are_there",
+        "test_batch.py::test_a_model_with_its_own_attention_sees_no_padding",
         "test_batch.py::test_a_row_that_was_taken_out_goes_its_own_way",
         "test_batch.py::test_rows_may_leave_while_padded_prompts_are_read",
         "test_batch.py::test_padding_on_the_left_is_not_seen",
