@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import common  # noqa: E402
 import policy_table  # noqa: E402
 import quality_table  # noqa: E402
+import trust_table  # noqa: E402
 
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -53,6 +54,10 @@ COMMANDS = [
 def test_the_quality_tables_are_those_of_the_results(name):
     assert common.block(name) == quality_table.TABLES[name]()
     assert "fade" in common.block(name)
+
+
+def test_the_table_of_what_was_tried_is_that_of_the_results():
+    assert common.block("trust") == trust_table.table()
 
 
 def test_the_table_of_policies_is_that_of_the_policies():
