@@ -12,7 +12,9 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models import cache as mlx_lm_cache
 
 from tova_mlx import POLICIES, PolicyKVCache, TOVACache, make_prompt_cache
+from tova_mlx.attention.arguments import AttentionArgs
 from tova_mlx.attention.sharing import shared_with
+from tova_mlx.attention.softmax import attend_newest
 from tova_mlx.errors import CacheStateError, OptionError, UnsupportedModelError
 from tova_mlx.hooks import dispatcher as attention
 from tova_mlx.storage.fields import norms_of
@@ -74,6 +76,53 @@ def test_outputs_and_positions_are_those_of_the_papers(
     expected, kept = reference.run(*arrays, 0.35, limit, cache.rule.as_dict())
     assert np.abs(output - expected).max() < 1e-5
     assert np.array(cache.positions)[0].tolist() == kept
+
+
+def test_keys_and_values_held_are_those_of_their_positions():
+    cache = TOVACache(5)
+    queries, keys, values = random_layer(3, 4, 2, length=30)
+    keys[..., 0] = values[..., 0] = np.arange(30)
+    for i in range(30):
+        q, k, v = (
+            mx.array(a[None, :, i : i + 1].astype(np.float32))
+            for a in (queries, keys, values)
+        )
+        given = cache.update_and_fetch(k, v)
+        cache.attend(q, *given, scale=0.01)
+    there = np.array(cache.positions)[0, 0]
+    # Else the slots themselves would lie in order.
+    slots = np.array(cache.slots.positions_of(5))[0, 0]
+    assert slots.tolist() != sorted(slots.tolist())
+    for held in cache.keys_and_values():
+        assert (np.array(held)[0, :, :, 0] == there).all()
+
+
+def test_the_newest_token_has_a_position_before_it_is_attended_to(monkeypatch):
+    cache = TOVACache(5, journal=0)
+    one = mx.ones((1, 1, 1, 8))
+    for _ in range(9):
+        cache.attend(one, *cache.update_and_fetch(one, one), scale=1.0)
+    # The kernel of the step will write it.
+    monkeypatch.setenv("TOVA_MLX_KERNELS", "on")
+    cache.update_and_fetch(one, one)
+    assert np.array(cache.slots.positions_of(6)).max() == 9
+
+
+def test_a_step_sees_no_weight_of_what_is_hidden_nor_of_learned_sinks():
+    generator = np.random.default_rng(5)
+    queries, keys, values = random_layer(5, 4, 2, length=7)
+    queries, sinks = queries[:, -1:], generator.normal(size=4)
+    hidden = np.array([False, True, False, False, True, False, False])
+    logits = np.einsum("hld,hsd->hls", queries, keys.repeat(2, axis=0)) * 0.35
+    logits[..., hidden] = -np.inf
+    expected = np.exp(logits)
+    expected /= expected.sum(axis=-1, keepdims=True) + np.exp(sinks)[:, None, None]
+    given = (mx.array(a[None].astype(np.float32)) for a in (queries, keys, values))
+    args = AttentionArgs(0.35, mx.array(~hidden), mx.array(sinks.astype(np.float32)))
+    output, weights = attend_newest(*given, args)
+    assert np.abs(np.array(weights).reshape(4, 1, 7) - expected).max() < 1e-6
+    output = np.array(output)[0] - expected @ values.repeat(2, axis=0)
+    assert np.abs(output).max() < 1e-5
 
 
 @pytest.mark.parametrize(("policy", "options"), CASES + EXTRA)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         ModelLoadError,
         OptionError,
         PromptError,
+        RequestError,
         TovaError,
         UnsupportedModelError,
     )
@@ -39,6 +40,7 @@ _HOMES = {
         "ModelLoadError",
         "OptionError",
         "PromptError",
+        "RequestError",
         "TovaError",
         "UnsupportedModelError",
     ),
@@ -66,6 +68,7 @@ __all__ = [
     "PromptError",
     "Recalled",
     "Report",
+    "RequestError",
     "TOVACache",
     "TovaError",
     "UnsupportedModelError",

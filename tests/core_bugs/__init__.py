@@ -16,6 +16,12 @@ MUTANTS: list[Mutant] = [*CHOOSING, *HOLDING, *KEEPING]
 
 _PAPERS = "test_cache.py::test_outputs_and_positions_are_those_of_the_papers"
 _CHUNKS = "test_cache.py::test_chunks_of_any_size_give_the_same_logits_and_tokens"
+_HIDDEN = (
+    "test_cache.py::test_a_step_sees_no_weight_of_what_is_hidden_nor_of_learned_sinks"
+)
+_ROWS = "test_batch.py::test_a_row_is_what_it_would_be_alone"
+_HELD = "test_cache.py::test_keys_and_values_held_are_those_of_their_positions"
+_NEWEST = "test_cache.py::test_the_newest_token_has_a_position_before_it_is_attended_to"
 _MASKS = "test_cache.py::test_the_models_mask_is_obeyed_across_blocks"
 
 # By area, the cheapest first. Not the state machines, which see most of these too; and
@@ -23,8 +29,11 @@ _MASKS = "test_cache.py::test_the_models_mask_is_obeyed_across_blocks"
 TESTS: dict[str, tuple[str, ...]] = {
     "policies": ("test_policies.py", "test_eviction.py", _PAPERS),
     "scan": ("test_eviction.py", _PAPERS, _MASKS, _CHUNKS),
-    "step": ("test_eviction.py", _PAPERS, _CHUNKS),
-    "caches": ("test_hooks.py", _PAPERS, _CHUNKS, "test_interrupted.py"),
+    "step": ("test_eviction.py", _HIDDEN, _PAPERS, _CHUNKS, _ROWS),
+    "caches": (
+        *("test_hooks.py", _HELD, _NEWEST, _PAPERS, _CHUNKS),
+        "test_interrupted.py",
+    ),
     "positions": ("test_rotary.py",),
     "batch": (
         "test_batch.py::test_what_cannot_be_one_batch_is_refused",

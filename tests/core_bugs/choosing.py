@@ -394,11 +394,6 @@ _STEP = [
         "scores = scores[:, :1]\n    return choose_victim(",
     ),
     (
-        "a victim stays marked",
-        "        slots.mark(victim, worth)\n    else:\n        slots.victim = None\n",
-        "        slots.mark(victim, worth)\n",
-    ),
-    (
         "sinks are counted as a token",
         "return output, weights[..., n_learned:]",
         "return output, weights[..., : weights.shape[-1] - n_learned]",

@@ -84,8 +84,6 @@ def attend_and_evict(
         worth = scores
     if victim is not None:
         slots.mark(victim, worth)
-    else:
-        slots.victim = None
     return slots.tied(output)
 
 
