@@ -309,8 +309,9 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch, tmp_path):
     assert models.resolve(str(tmp_path)) == str(tmp_path)
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("command", ["--help", "info"])
-def test_a_full_standard_output_is_one_line(command, tmp_path):
+def test_a_full_standard_output_is_one_line(command, unbuffered, tmp_path):
     program = (
         "from tova_mlx.cli import main, models; import tiny\n"
         "models.load = lambda _: (tiny.make(), None, 'tiny')\n"
@@ -326,6 +327,7 @@ def test_a_full_standard_output_is_one_line(command, tmp_path):
             stdout=full,
             stderr=subprocess.PIPE,
             cwd=Path(__file__).parent,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
             text=True,
         )
     assert done.returncode == 1

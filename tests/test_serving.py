@@ -19,14 +19,10 @@ from mlx_lm.models.cache import (
 
 from tova_mlx import convert
 from tova_mlx.errors import ModelLoadError, UnsupportedModelError
+from tova_mlx.hooks.generation import generator
+from tova_mlx.hooks.handler import _NUMBERS, request_handler
 from tova_mlx.hooks.layers import leaves
-from tova_mlx.hooks.server import (
-    PromptStore,
-    Provider,
-    check_draft,
-    generator,
-    request_handler,
-)
+from tova_mlx.hooks.server import PromptStore, Provider, check_draft
 from tova_mlx.models.conversion import pin_in_new_caches
 
 PROMPT = tiny.tokens(30).tolist()[0]
@@ -279,7 +275,9 @@ def test_a_conversation_pins_what_comes_before_its_first_question(
 
     monkeypatch.setattr(server.ResponseGenerator, "_tokenize", tokenize)
     pins = {}
-    kind_of = generator(pins.__setitem__)
+    kind_of = generator(pytest.fail, pins.__setitem__)
+    # That needs a model.
+    monkeypatch.setattr(kind_of, "_rehearse", lambda *_: None)
     answers = object.__new__(kind_of)
     answers.prompt_cache = PromptStore()
     draft = "draft" if drafts else None
@@ -305,6 +303,9 @@ def test_more_drafts_than_can_be_taken_back_are_refused(most, monkeypatch):
         server.APIHandler, "validate_model_parameters", lambda self: None
     )
     handler = object.__new__(request_handler(most))
+    others = ("requested_draft_model", "seed", "stream_options", "logit_bias")
+    vars(handler).update(dict.fromkeys((*others, "chat_template_kwargs")), body={})
+    vars(handler).update(dict.fromkeys(_NUMBERS, 1))
     handler.num_draft_tokens = 4
     handler.validate_model_parameters()
     handler.num_draft_tokens = 5

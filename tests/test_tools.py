@@ -17,7 +17,9 @@ from click.testing import CliRunner
 from mlx.utils import tree_map
 from mlx_lm import cache_prompt, load, server
 from mlx_lm.models import cache as cache_module
+from mlx_lm.models import llama
 from mlx_lm.models.cache import KVCache
+from mlx_lm.utils import save_model
 
 from tova_mlx import make_prompt_cache
 from tova_mlx.cli import main
@@ -241,6 +243,11 @@ def test_a_mistake_that_mlx_lm_finds_is_one_line(
     tokenizer = json.loads((small_path / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["Ishmael!"] = 49152
     (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = json.loads((small_path / "config.json").read_text())
+    config["vocab_size"] = 49153
+    larger = llama.Model(llama.ModelArgs.from_dict(config))
+    save_model(tmp_path / "other", larger)
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
     arguments = [
         a.format(other=tmp_path / "other") if "{o" in a else a for a in arguments
     ]

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -30,8 +30,13 @@ class _Group(click.Group):
     def main(self, *arguments: Any, **options: Any) -> Any:
         _open_streams()
         try:
-            # A reader that left ends a command quietly there.
-            return super().main(*arguments, **options)
+            try:
+                return super().main(*arguments, **options)
+            finally:
+                _flush()
+        except BrokenPipeError:
+            # A reader that left ends a command quietly.
+            sys.exit(1)
         except OSError as error:
             click.echo(f"Error: {_failed(error)}", err=True)
             sys.exit(1)
@@ -39,10 +44,7 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         try:
             with _quiet_imports():
-                done = super().invoke(ctx)
-            # Now: at Python's end it would be too late to say that this fails.
-            sys.stdout.flush()
-            return done
+                return super().invoke(ctx)
         except TovaError as error:
             click.echo(in_options(error.line), err=True)
         except KeyboardInterrupt:
@@ -76,6 +78,22 @@ def _quiet_imports() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _flush() -> None:
+    """Write what is left for standard output, or raise OSError.
+
+    At Python's end it would be too late to say that this fails, and it would fail there
+    once more if anything was still left.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+        raise
 
 
 def _open_streams() -> None:
