@@ -1,6 +1,6 @@
 """What inspecting costs: recording, the page's size, and how it moves in a browser.
 
-    python scripts/bench_inspect.py [--text FILE] [--rounds 5] [--out FILE]
+    python scripts/bench_inspect.py [--text FILE] [--rounds 5] [--only-off] [--out FILE]
 
 Demo model, float32 where there is no Metal. `off`: how often a decoded token asks for
 an observer while there is none, what one such question takes, and the share of the
@@ -54,6 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text", type=Path, default=EXCERPT)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only-off", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     model, tokenizer = load_demo_model()
@@ -61,6 +62,9 @@ def main() -> None:
     result: dict[str, Any] = {**provenance(), "max_kv_size": SIZE, "step": STEP}
     result["off"] = _off(model, ids[: SIZE + 1])
     print("off", result["off"], flush=True)
+    if args.only_off:
+        finish(result, args.out)
+        return
     result["recording"] = {
         policy: _recording(model, tokenizer, ids[:LENGTH], policy, args.rounds)
         for policy in POLICIES
