@@ -125,6 +125,45 @@ def test_a_step_sees_no_weight_of_what_is_hidden_nor_of_learned_sinks():
     assert np.abs(output).max() < 1e-5
 
 
+@pytest.mark.parametrize("seen", [3, 4, 5, 7, 20])
+@pytest.mark.parametrize("n_sinks", [0, 3])
+def test_the_mask_of_a_window_shows_what_a_token_alone_would_see(seen, n_sinks):
+    limit, n = 8, 5
+    options = {"n_sinks": n_sinks} if n_sinks else {}
+    cache = PolicyKVCache(limit, "streaming" if n_sinks else "window", **options)
+    one = mx.ones((1, 1, 1, 8))
+    for _ in range(seen):
+        cache.update_and_fetch(one, one)
+    there = np.array([*np.array(cache.positions)[0, 0], *range(seen, seen + n)])
+    token = np.arange(seen, seen + n)[:, None]
+    newest = there > token - (limit + 1 - n_sinks)
+    expected = (there <= token) & (newest | (there < n_sinks))
+    mask = np.array(cache.make_mask(n, return_array=True))
+    assert np.array_equal(mask.reshape(n, -1), expected)
+
+
+def test_a_window_of_the_models_is_refused_where_tokens_of_it_are_evicted():
+    cache = TOVACache(8)
+    one = mx.ones((1, 1, 6, 8))
+    cache.attend(one, *cache.update_and_fetch(one, one), scale=1.0, mask="causal")
+    mask = np.array(cache.make_mask(2, window_size=4)).reshape(2, 8)
+    token, there = np.arange(6, 8)[:, None], np.arange(8)
+    assert np.array_equal(mask, (there <= token) & (there > token - 4))
+    with pytest.raises(UnsupportedModelError, match="a sliding window of 4 tokens"):
+        cache.make_mask(3, window_size=4)
+
+
+@pytest.mark.parametrize("seen", [3, 7, 20])
+def test_an_array_of_a_mask_has_a_column_for_all_that_is_held(seen):
+    cache = TOVACache(8)
+    one = mx.ones((1, 1, 1, 8))
+    for _ in range(seen):
+        cache.attend(one, *cache.update_and_fetch(one, one), scale=1.0)
+    mask = np.array(cache.make_mask(5, return_array=True)).reshape(5, -1)
+    expected = np.tri(5, cache.size() + 5, cache.size(), bool)
+    assert np.array_equal(mask, expected)
+
+
 @pytest.mark.parametrize(("policy", "options"), CASES + EXTRA)
 def test_chunks_of_any_size_give_the_same_logits_and_tokens(model, policy, options):
     tokens = tiny.tokens(70, batch=2)

@@ -22,6 +22,12 @@ _HIDDEN = (
 _ROWS = "test_batch.py::test_a_row_is_what_it_would_be_alone"
 _HELD = "test_cache.py::test_keys_and_values_held_are_those_of_their_positions"
 _NEWEST = "test_cache.py::test_the_newest_token_has_a_position_before_it_is_attended_to"
+_WINDOW = "test_cache.py::test_the_mask_of_a_window_shows_what_a_token_alone_would_see"
+_WIDE = "test_cache.py::test_an_array_of_a_mask_has_a_column_for_all_that_is_held"
+_REFUSED = (
+    "test_cache.py::"
+    "test_a_window_of_the_models_is_refused_where_tokens_of_it_are_evicted"
+)
 _MASKS = "test_cache.py::test_the_models_mask_is_obeyed_across_blocks"
 
 # By area, the cheapest first. Not the state machines, which see most of these too; and
@@ -31,7 +37,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "scan": ("test_eviction.py", _PAPERS, _MASKS, _CHUNKS),
     "step": ("test_eviction.py", _HIDDEN, _PAPERS, _CHUNKS, _ROWS),
     "caches": (
-        *("test_hooks.py", _HELD, _NEWEST, _PAPERS, _CHUNKS),
+        *("test_hooks.py", _HELD, _NEWEST, _WINDOW, _WIDE, _REFUSED, _PAPERS, _CHUNKS),
         "test_interrupted.py",
     ),
     "positions": ("test_rotary.py",),
