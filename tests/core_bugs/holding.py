@@ -105,6 +105,9 @@ _CACHES = [
         "keys are shared by their id alone",
         "return shared if shared and shared.entries and shared.entries[0] is keys else",
         "return shared if shared and shared.entries else",
+        (),
+        "Equivalent: the keys given are alive for as long as their id is known, so no "
+        "others have it.",
     ),
     (
         "what was given is shared after the next update",
