@@ -356,6 +356,15 @@ def feed_layer(cache, n):
         mx.eval(cache.attend(queries, *stored, scale=0.3, mask=None))
 
 
+@pytest.mark.parametrize("start", [0, 1, 7, 8, 9, 16, 40])
+def test_a_renumbering_is_due_when_it_was_said_to_be_next(start):
+    when, offset, due = Renumbering(start, 8), 0, []
+    while (offset := when.next_after(offset)) < 100:
+        due.append(offset)
+    assert due == [n for n in range(1, 100) if when.is_due(n)]
+    assert due[0] == max(8, -(-start // 8) * 8)
+
+
 def test_auto_is_original_to_the_last_bit_until_the_range_ends(often):
     model = tiny.make()
     model.args.max_position_embeddings = 40
