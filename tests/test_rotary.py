@@ -356,6 +356,19 @@ def feed_layer(cache, n):
         mx.eval(cache.attend(queries, *stored, scale=0.3, mask=None))
 
 
+@pytest.mark.parametrize("journal", [0, 5, 20])
+@pytest.mark.parametrize("policy", ["tova", "fade", "streaming"])
+def test_bytes_of_renumbered_slots_stay_below_what_is_said(policy, journal):
+    when = Renumbering(0, 8)
+    cache = PolicyKVCache(12, policy, journal=journal, renumbering=when)
+    sizes = []
+    for _ in range(60):
+        feed_layer(cache, 1)
+        sizes.append(cache.nbytes)
+        assert cache.nbytes <= cache.max_nbytes
+    assert max(sizes) > 0.8 * cache.max_nbytes
+
+
 @pytest.mark.parametrize("start", [0, 1, 7, 8, 9, 16, 40])
 def test_a_renumbering_is_due_when_it_was_said_to_be_next(start):
     when, offset, due = Renumbering(start, 8), 0, []
