@@ -89,13 +89,16 @@ def resident(pid: int) -> int:
     return 1024 * int(subprocess.run(command, capture_output=True, check=True).stdout)
 
 
-def finish(report: dict[str, Any], out: Path | None) -> None:
-    """Write a report to a file if there is one, and print it: the last line is JSON."""
-    line = json.dumps(report)
+def finish(report: dict[str, Any], out: Path | None, indent: int | None = None) -> None:
+    """Write a report to a file if there is one, and print it: the last line is JSON.
+
+    indent: of the file, which is one line without.
+    """
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(line + "\n", encoding="utf-8")
-    print(line)
+        text = json.dumps(report, indent=indent)
+        out.write_text(text + "\n", encoding="utf-8")
+    print(json.dumps(report))
 
 
 def block(name: str) -> str:

@@ -181,13 +181,10 @@ def main() -> int:
         (found,) = results(name, number, number + 1, args.seed, args.seconds)
         print(json.dumps(found, indent=1).replace("\\n", "\n"))
         return int(found["result"] == FAILED)
-    from common import provenance
+    from common import finish, provenance
 
     report = run(args) | provenance()
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(report))
+    finish(report, args.out, indent=1)
     return int(report[FAILED] > 0)
 
 

@@ -49,10 +49,6 @@ def _check_chunked(cache: Any) -> None:
     _check_slots(cache, cache.offset - first)
 
 
-def _check_concatenated(cache: Any) -> None:
-    _check_slots(cache, cache.offset)
-
-
 def _check_quantised(cache: Any) -> None:
     how = (cache.bits, cache.group_size)
     if not all(map(is_count, how)) or how[0] not in _BITS or how[1] not in _GROUPS:
@@ -103,7 +99,7 @@ def _check_entries(keys: Entries, values: Entries, n: Any) -> None:
 _HELD = {
     mlx_lm_cache.KVCache: _check_plain,
     mlx_lm_cache.ChunkedKVCache: _check_chunked,
-    mlx_lm_cache.ConcatenateKVCache: _check_concatenated,
+    mlx_lm_cache.ConcatenateKVCache: _check_plain,
     mlx_lm_cache.QuantizedKVCache: _check_quantised,
     mlx_lm_cache.RotatingKVCache: _check_rotating,
 }
