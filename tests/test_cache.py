@@ -499,6 +499,16 @@ def test_nothing_piles_up_before_the_first_eviction(policy, options, batch):
     assert mx.get_active_memory() - base < 1.2 * cache.nbytes
 
 
+def test_what_was_taken_back_is_shared_no_more():
+    cache, rows = PolicyKVCache(8), mx.arange(5.0).reshape(1, 1, 5, 1)
+    cache.share()
+    stored = cache.update_and_fetch(rows, rows)
+    cache.attend(rows, *stored, scale=1.0, mask="causal")
+    cache.trim(2)
+    for held in cache.keys_and_values():
+        assert held.flatten().tolist() == [0, 1, 2]
+
+
 def test_layers_that_share_keys_are_found_while_other_threads_come_and_go():
     rows = mx.zeros((1, 1, 1, 8))
     failed, many = [], [PolicyKVCache(8) for _ in range(1000)]

@@ -113,6 +113,10 @@ def test_a_thousand_renumberings_do_not_add_up(kind, kv_bits):
     slots = cache.slots
     rotary_before = slots.rotary
     first = mx.array(slots.keys_to_read.dequantized() if kv_bits else slots.keys)
+    given = keys[:, :, slots.positions.flatten()]
+    apart = first - rotation.rotated(given, at(*[0] * 33), rotary_before)
+    most = {None: 1e-5, 4: 0.15, (8, 8): 0.02}[kv_bits]
+    assert mx.square(apart).sum() <= most**2 * mx.square(given).sum()
     for _ in range(1000):
         slots.rotate(mx.array(rng.integers(0, 600, (1, 1, 33)), mx.int32))
     now = slots.keys_to_read.dequantized() if kv_bits else slots.keys
@@ -640,6 +644,42 @@ def test_rows_that_pin_more_and_less_are_what_they_are_alone():
         for row, caches in enumerate(alone):
             assert mx.array_equal(b.extract(row).positions, caches[layer].positions)
             assert b.extract(row).rule == caches[layer].rule
+
+
+def test_rows_of_a_batch_are_renumbered_each_when_it_is_due(often):
+    model, lengths = tiny.make(), (20, 25, 31)
+    alone = []
+    for length in lengths:
+        alone.append(make_prompt_cache(model, 10, positions="compact", journal=4))
+        tiny.feed(model, tiny.tokens(length, seed=length), alone[-1], length)
+    layers = zip(*copy.deepcopy(alone), strict=True)
+    batch = [layer[0].merge(list(layer)) for layer in layers]
+
+    def feed(step, read, rows):
+        tokens = mx.array([[step], [step + 3], [2 * step]])
+        got = read(tokens)
+        for i, (row, caches) in enumerate(zip(rows(), alone, strict=True)):
+            want = model(tokens[i : i + 1], cache=caches)
+            assert mx.abs(got[i] - want[0]).max() < 1e-4
+            for one, cache in zip(row, caches, strict=True):
+                assert one.offset == cache.offset < cache.seen == one.seen
+                assert mx.array_equal(one.positions, cache.positions)
+
+    def taken_out():
+        return [[layer.extract(i) for layer in batch] for i in range(len(lengths))]
+
+    def read_apart(tokens):
+        parts = [model(tokens[i : i + 1], cache=row) for i, row in enumerate(rows)]
+        return mx.concatenate(parts)
+
+    for step in range(12):
+        feed(step, lambda tokens: model(tokens, cache=batch), taken_out)
+    rows = taken_out()
+    for step in range(12, 24):
+        feed(step, read_apart, lambda: rows)
+    for caches in (*rows, *alone):
+        assert trim_prompt_cache(caches, 4) == 4
+    feed(24, read_apart, lambda: rows)
 
 
 def test_pins_are_saved(tmp_path):

@@ -38,6 +38,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "step": ("test_eviction.py", _HIDDEN, _PAPERS, _CHUNKS, _ROWS),
     "caches": (
         *("test_hooks.py", _HELD, _NEWEST, _WINDOW, _WIDE, _REFUSED, _PAPERS, _CHUNKS),
+        "test_cache.py::test_what_was_taken_back_is_shared_no_more",
         "test_interrupted.py",
     ),
     "positions": ("test_rotary.py",),
@@ -50,6 +51,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_batch.py::test_rows_may_leave_while_padded_prompts_are_read",
         "test_batch.py::test_padding_on_the_left_is_not_seen",
         "test_rotary.py::test_rows_that_pin_more_and_less_are_what_they_are_alone",
+        "test_rotary.py::test_rows_of_a_batch_are_renumbered_each_when_it_is_due",
         "test_batch.py::test_a_row_is_what_it_would_be_alone",
     ),
     "journal": (

@@ -21,6 +21,7 @@ import numpy as np
 
 from ..policies import RECALL_BLOCK
 from ..storage.archive import Archive, Tile
+from ..storage.device import on_gpu
 from ..storage.disk_archive import DiskArchive
 from ..storage.entries import dequantized, product
 
@@ -115,7 +116,7 @@ def _see(queries: mx.array, tile: Tile) -> _Seen:
 
 def _exponentials(logits: mx.array, top: mx.array) -> mx.array:
     """exp(logits - top)."""
-    if mx.metal.is_available():
+    if on_gpu():
         return mx.exp(logits - top)
     # MLX's CPU backend takes one number at a time, ten times as long.
     result = np.array(logits - top)

@@ -4,6 +4,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..storage.device import on_gpu
 from ..storage.entries import Entries, is_plain, product
 from .arguments import AttentionArgs
 from .logits import masked_logits
@@ -20,7 +21,7 @@ def attend_newest(
     queries: [B, n_heads, 1, head_dim]; keys, values: entries [B, n_kv_heads, S, ·].
     """
     output, weights = _attend(queries, keys, values, args)
-    if is_plain(values) and args.recalled is None and mx.metal.is_available():
+    if is_plain(values) and args.recalled is None and on_gpu():
         # Not on the CPU: the fallback of mx.fast takes twice as long there.
         output = mx.fast.scaled_dot_product_attention(
             queries, keys, values, scale=args.scale, mask=args.mask, sinks=args.sinks

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import mlx.core as mx
 
 from ..errors import OptionError
+from .device import on_gpu
 from .format import Bits, Format
 
 # On the CPU MLX's quantised product takes 12 to 20 times as long as dequantising and a
@@ -44,7 +45,7 @@ class AffineEntries(NamedTuple):
         return self._dequantized(*self.arrays)
 
     def product(self, left: mx.array, transpose: bool) -> mx.array:
-        if left.shape[2] > _FEW and not mx.metal.is_available():
+        if left.shape[2] > _FEW and not on_gpu():
             return self._tiled(left, transpose)
         return mx.quantized_matmul(
             left,

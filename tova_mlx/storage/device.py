@@ -14,4 +14,9 @@ def kernels_wanted() -> bool:
     setting = os.environ.get("TOVA_MLX_KERNELS")
     if setting in ("on", "off"):
         return setting == "on"
-    return mx.metal.is_available() and mx.default_device() == mx.Device(mx.gpu)
+    return mx.metal.is_available() and on_gpu()
+
+
+def on_gpu() -> bool:
+    """Whether MLX computes on a GPU. Some of what is fast there is slow on its CPU."""
+    return mx.default_device() == mx.Device(mx.gpu)
