@@ -87,6 +87,13 @@ def test_what_comes_after_loading_is_the_same_to_the_bit(
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("journal", [0, 5, 40])
+def test_as_many_tokens_can_be_taken_back_after_loading(model, journal, tmp_path):
+    save_prompt_cache(tmp_path / "a.safetensors", read(model, journal=journal))
+    loaded, _ = load_prompt_cache(tmp_path / "a.safetensors")
+    assert [c.journal for c in loaded] == [journal] * 3
+
+
 def test_a_new_process_loads_what_another_saved(model, tmp_path):
     path = tmp_path / "prompt.safetensors"
     save_prompt_cache(path, read(model, policy="fade"))
@@ -242,6 +249,7 @@ CANNOT_BE = [
     (lambda s: s.update(norms=s["norms"][..., :4]), "norms are not"),
     (lambda s: s.update(norms=-s["norms"]), "norms"),
     (lambda s: s.update(victim=s["victim"] + 10_000), "past 13 slots"),
+    (lambda s: s.update(victim=mx.full_like(s["victim"], 13)), "past 13 slots"),
     (lambda s: s.update(victim=s["victim"][0]), "victim are not"),
     (of_type("victim", mx.int32), "victim are not"),
     (lambda s: s.update(victim=None), "13 slots|positions"),

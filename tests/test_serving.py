@@ -22,7 +22,7 @@ from tova_mlx.errors import ModelLoadError, UnsupportedModelError
 from tova_mlx.hooks.generation import generator
 from tova_mlx.hooks.handler import _NUMBERS, request_handler
 from tova_mlx.hooks.layers import leaves
-from tova_mlx.hooks.server import PromptStore, Provider, check_draft
+from tova_mlx.hooks.server import PromptStore, Provider, check_draft, takes_rows
 from tova_mlx.models.conversion import pin_in_new_caches
 
 PROMPT = tiny.tokens(30).tolist()[0]
@@ -220,6 +220,19 @@ def test_a_draft_model_beside_shared_layers_is_refused(monkeypatch):
     arguments.draft_model = "tiny"
     with pytest.raises(UnsupportedModelError, match="--draft-model"):
         Provider(arguments)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_bigcode", "phi3small"])
+def test_a_model_that_mixes_the_rows_of_a_batch_answers_one_by_one(name, monkeypatch):
+    assert takes_rows(tiny.make())
+
+    def load(self, *_):
+        self.model, self.draft_model, self.is_batchable = models.pop(), None, True
+
+    monkeypatch.setattr(server.ModelProvider, "_load", load)
+    models = [zoo.make(name), tiny.make()]
+    assert Provider(provided("a")).is_batchable
+    assert not Provider(provided("a")).is_batchable
 
 
 def test_a_stored_prompt_that_pins_otherwise_is_read_again():

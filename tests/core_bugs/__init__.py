@@ -86,6 +86,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "saved": (
         "test_rotary.py::test_pins_are_saved",
+        "test_saved.py::test_as_many_tokens_can_be_taken_back_after_loading",
         "test_rotary.py::test_a_file_goes_on_as_the_cache_would",
         "test_rotary.py::test_rotary_positions_of_a_file_are_checked",
         "test_recall.py::test_a_saved_cache_goes_on_as_if_it_had_not_been",
