@@ -36,7 +36,6 @@ class Mxfp4Entries(NamedTuple):
 class Mxfp4(Format):
     choices: ClassVar = ("mxfp4",)
     choice = "mxfp4"
-    bits_per_number = 4.25
 
     @classmethod
     def of(cls, choice, group_size, constant=None):

@@ -216,6 +216,19 @@ def test_taking_tokens_back_takes_back_what_was_recalled(policy, stepwise, back)
     assert cache.slots.recall == cache.slots.recall.empty()
 
 
+@pytest.mark.parametrize("policy", ["tova", "fade"])
+@pytest.mark.parametrize("chunks", [[150], [3, *[1] * 40, 107]], ids=len)
+def test_tokens_are_taken_back_over_several_flushes(policy, chunks):
+    arrays, others = random_layer(1, 4, 2), random_layer(6, 4, 2)
+    cache = new_cache(policy, journal=150)
+    feed(cache, arrays, [250])
+    never = snapshot(cache)
+    feed(cache, others, chunks, 250)
+    assert [f.offset for f in cache.slots.recall.flushes] == [256, 384]
+    assert cache.trim(150) == 150
+    assert_same(never, snapshot(cache))
+
+
 @pytest.mark.parametrize("journal", [0, 4])
 @pytest.mark.parametrize("seen", [256, 257, 260, 261])
 def test_one_token_more_than_promised_is_taken_back_exactly_or_not(journal, seen):

@@ -299,6 +299,27 @@ def test_a_victim_where_nothing_was_evicted_is_refused(model, policy):
         TOVACache.from_state(tuple(state))
 
 
+def test_a_token_still_to_come_is_refused(model):
+    state = [*read(model, size=30)[0].state]
+    positions = np.zeros((1, 1, state[0].shape[2]), np.int32)
+    positions[..., :22] = range(22)
+    state[2] = mx.array(positions)
+    assert TOVACache.from_state(tuple(state)).seen == 22
+    positions[..., 21] = 22
+    state[2] = mx.array(positions)
+    with pytest.raises(CacheStateError, match="positions that tova cannot hold"):
+        TOVACache.from_state(tuple(state))
+
+
+@pytest.mark.parametrize("policy", ["full", "tova", "window"])
+def test_fewer_slots_than_tokens_are_refused(model, policy):
+    state = [*read(model, size=30, policy=policy)[0].state]
+    assert state[2] is None  # slot i holds token i
+    state[0], state[1] = (a[:, :, :21] for a in state[:2])
+    with pytest.raises(CacheStateError, match="21 slots for 22 tokens"):
+        TOVACache.from_state(tuple(state))
+
+
 @pytest.mark.parametrize(
     ("policy", "options", "out", "message"),
     [

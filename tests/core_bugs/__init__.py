@@ -92,6 +92,8 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_recall.py::test_a_saved_cache_goes_on_as_if_it_had_not_been",
         "test_recall.py::test_what_no_reading_could_have_left_is_refused",
         "test_saved.py::test_a_state_that_cannot_be_is_refused",
+        "test_saved.py::test_fewer_slots_than_tokens_are_refused",
+        "test_saved.py::test_a_token_still_to_come_is_refused",
         "test_saved.py::test_who_is_protected_must_be_held",
         "test_saved.py::test_the_dead_slot_holds_who_left_at_the_last_step",
         "test_saved.py::test_files_that_do_not_fit_the_model_are_refused",

@@ -97,10 +97,6 @@ class Affine(Format):
     def choice(self) -> int:
         return self.bits
 
-    @property
-    def bits_per_number(self) -> float:
-        return self.bits + 2 * _SCALES.size * 8 / self.group_size
-
     def quantize(self, entries: mx.array) -> AffineEntries:
         if entries.shape[3] % self.group_size:
             raise OptionError(

@@ -129,8 +129,7 @@ def write(entries: Any, new: Any, slot: mx.array | int) -> Any:
 
 
 def _write(array: mx.array, new: mx.array, slot: mx.array | int) -> mx.array:
-    # Scales of an old file may be of another type than those made now.
-    new = new.astype(array.dtype)
+    # MLX gives what is new the type that is there: scales of a file may be of another.
     if isinstance(slot, int):
         written = array[...]  # another handle: assigning changes what it stands for
         written[:, :, slot : slot + new.shape[2]] = new

@@ -17,14 +17,12 @@ class Format:
     Attributes:
         choices: what stands for its kinds in `kv_bits`.
         choice: the one that stands for this kind.
-        bits_per_number: how many bits a number takes, scales included.
         fits: whether `fitted` gives another.
         constant: what it was fitted to, as text, or None; `of` takes it back.
     """
 
     choices: ClassVar[tuple[Bits, ...]]
     choice: Any
-    bits_per_number: Any
     fits: ClassVar[bool] = False
     constant: Any = None
 

@@ -150,10 +150,6 @@ class Hadamard(Format):
         return f"{self.bits}h"
 
     @property
-    def bits_per_number(self) -> float:
-        return self.affine.bits_per_number
-
-    @property
     def constant(self) -> str | None:
         return self.center and f"{self.affine.bits}:{self.center.text}"
 
