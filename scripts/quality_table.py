@@ -173,6 +173,11 @@ def recalled() -> str:
     return needle("recall/needle/results.jsonl")
 
 
+def recalled_later() -> str:
+    """Markdown: the same in four times the text."""
+    return needle("recall/needle_4096/results.jsonl")
+
+
 def limits() -> str:
     """Markdown: what recall costs, one thing replaced at a time."""
     report = json.loads((RESULTS / "recall" / "limits.json").read_text())
@@ -291,6 +296,7 @@ TABLES = {
     "recall": recall,
     "recalled": recalled,
     "recalled-qwen": recalled_qwen,
+    "recalled-later": recalled_later,
     "limits": limits,
     "longrange": longrange,
     "kept": kept,

@@ -120,6 +120,60 @@ def test_classes_can_be_unnamed():
     assert mlx_lm_cache.TOVACache is TOVACache
 
 
+def test_a_class_of_somebody_else_keeps_its_name(monkeypatch):
+    class TOVACache:
+        """Not ours."""
+
+    monkeypatch.setattr(mlx_lm_cache, "TOVACache", TOVACache, raising=False)
+    registration.uninstall(tova_mlx.TOVACache)
+    assert mlx_lm_cache.TOVACache is TOVACache
+
+
+def test_a_replacement_knows_what_it_stands_for():
+    def mine(*arguments):
+        """Not marked as standing for anything."""
+
+    theirs = base.scaled_dot_product_attention
+    replacing.replace(base, "scaled_dot_product_attention", mine)
+    assert llama.scaled_dot_product_attention is mine
+    assert replacing.original(mine) is theirs
+    replacing.put_back(base, "scaled_dot_product_attention")
+    assert llama.scaled_dot_product_attention is theirs
+
+
+@pytest.mark.parametrize("whose", ["ours", "mlx-lm's", "shared"])
+def test_learned_sinks_reach_whoever_attends(whose):
+    dispatcher.install()
+    rows = mx.random.normal((1, 2, 3, 32), key=mx.random.key(0))
+    sinks = mx.array([0.5, -1.0])
+    cache = mlx_lm_cache.KVCache() if whose == "mlx-lm's" else TOVACache(8)
+    if whose == "shared":
+        cache.share()
+    stored = cache.update_and_fetch(rows, rows)
+    # A layer that shares keys has no cache to hand on.
+    owners = [cache, None] if whose == "shared" else [cache]
+    for owner in owners:
+        how = {"scale": 0.2, "mask": "causal", "sinks": sinks}
+        got = base.scaled_dot_product_attention(rows, *stored, cache=owner, **how)
+        want = mx.fast.scaled_dot_product_attention(rows, *stored, **how)
+        assert mx.abs(got - want).max() < 1e-5
+
+
+def test_a_layer_without_a_cache_attends_as_the_owner_of_its_keys_says():
+    dispatcher.install()
+    rows = mx.random.normal((1, 2, 12, 32), key=mx.random.key(0))
+    cache = TOVACache(4)
+    cache.share()
+    stored = cache.update_and_fetch(rows, rows)
+    how = {"scale": 0.05, "mask": "causal"}
+    want = base.scaled_dot_product_attention(rows, *stored, cache=cache, **how)
+    got = base.scaled_dot_product_attention(rows, *stored, cache=None, **how)
+    assert mx.abs(got - want).max() < 1e-5
+    # Nobody evicted: not the same.
+    plain = mx.fast.scaled_dot_product_attention(rows, rows, rows, **how)
+    assert mx.abs(got - plain).max() > 1e-3
+
+
 def test_a_converted_model_is_freed_with_its_last_name():
     model = tiny.make()
     convert(model, 8)

@@ -588,13 +588,11 @@ _SERVER = [
         "a layer without a cache finds no owner",
         "owner = shared_with(keys) if cache is None else cache",
         "owner = cache",
-        ("test_batch.py::test_rows_of_a_model_that_shares_keys",),
     ),
     (
         "sinks do not come to our caches",
         "return attend(queries, keys, values, scale=scale, mask=mask, sinks=sinks)",
         "return attend(queries, keys, values, scale=scale, mask=mask)",
-        ("test_batch.py::test_models_of_all_kinds_batch",),
     ),
     (
         "mlx-lm's own attention gets no sinks",
