@@ -57,11 +57,12 @@ def _server(name: str) -> tuple[str, str]:
 
 def _mutants() -> tuple[str, str]:
     found = _read("mutants.json")
-    named = ", ".join(f"“{each['mutant']}”" for each in found["survivors"])
-    return (
-        f"{found['mutants']} in {len(found['areas'])} areas",
-        f"{found['killed']} seen by a test{'; not: ' if named else ''}{named}",
-    )
+    result = f"{found['killed']} seen by a test"
+    for what, stays in (("not", False), ("equivalent", True)):
+        there = [s["mutant"] for s in found["survivors"] if ("stays" in s) is stays]
+        if there:
+            result += f"; {what}: " + ", ".join(f"“{name}”" for name in there)
+    return f"{found['mutants']} in {len(found['areas'])} areas", result
 
 
 def _installs() -> tuple[str, str]:
