@@ -22,8 +22,9 @@ from tova_mlx.errors import ModelLoadError, UnsupportedModelError
 from tova_mlx.hooks.generation import generator
 from tova_mlx.hooks.handler import _NUMBERS, request_handler
 from tova_mlx.hooks.layers import leaves
-from tova_mlx.hooks.server import PromptStore, Provider, check_draft, takes_rows
+from tova_mlx.hooks.server import PromptStore, Provider, check_draft
 from tova_mlx.models.conversion import pin_in_new_caches
+from tova_mlx.models.rows import takes_rows
 
 PROMPT = tiny.tokens(30).tolist()[0]
 NEXT = [7, 3, 11]

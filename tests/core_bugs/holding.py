@@ -254,8 +254,8 @@ _POSITIONS = [
     ),
     (
         "each layer has the first one's rotation",
-        "rotations = iter(rotations_of(model, _default_caches))",
-        "rotations = iter(rotations_of(model, _default_caches)[:1] * 999)",
+        "rotations = iter(rotations_of(model, default_caches))",
+        "rotations = iter(rotations_of(model, default_caches)[:1] * 999)",
     ),
     (
         "a model that stores positions is taken",

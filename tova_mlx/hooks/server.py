@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-import mlx.core as mx
 from mlx_lm import server
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 
 from ..errors import UnsupportedModelError
+from ..models.rows import takes_rows
 from .layers import leaves, seen
 
 
@@ -75,30 +75,6 @@ def check_draft(model: Any) -> None:
             f"{type(model).__module__} has {caches} caches for {layers} layers, and "
             "mlx-lm would give its draft model the wrong ones. Leave --draft-model out."
         )
-
-
-# More than any model has KV heads, and a multiple of none.
-_ROWS = 97
-
-
-def takes_rows(model: Any) -> bool:
-    """Whether a model can read several prompts of unequal length at once.
-
-    Some of mlx-lm's cannot: gemma2 and phi3small line the rows of a mask up with KV
-    heads, so that one conversation reads by another's mask where there are as many;
-    gpt_bigcode takes one position for all. A graph is built, not evaluated.
-    """
-    rows = [make_prompt_cache(model) for _ in range(_ROWS)]
-    caches = [layer[0].merge(list(layer)) for layer in zip(*rows, strict=True)]
-    lengths = [2] * (_ROWS - 1) + [1]
-    for cache in caches:
-        cache.prepare(lengths=lengths, right_padding=[2 - n for n in lengths])
-    try:
-        model(mx.zeros((_ROWS, 2), mx.int32), cache=caches)
-    except Exception:
-        # Whatever it is, it would end the thread that answers requests.
-        return False
-    return True
 
 
 class Provider(server.ModelProvider):

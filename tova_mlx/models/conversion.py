@@ -115,10 +115,10 @@ def _checked(model: nn.Module, made: CacheOptions) -> list[Any]:
 
 def _fitted(model: nn.Module, made: CacheOptions) -> list[Any]:
     """New caches, unchecked, whose formats are fitted to the model."""
-    storages = fitted(model, made.storage, _default_caches)
+    storages = fitted(model, made.storage, default_caches)
     archived: Sequence[Any] = ()
     if made.archived is not None:
-        archived = fitted(model, made.archived, _default_caches)
+        archived = fitted(model, made.archived, default_caches)
     caches = _bounded(model, made, storages, archived)
     if made.archive is not None:
         archive_on_disk(caches, made.archive)
@@ -183,7 +183,7 @@ def _made(
     made = CacheOptions.resolve(tokens, **options)
     if positions == "auto" and (made.prefill == "once" or made.recall):
         return made
-    when = renumbering_for(model, positions, made.rule, _default_caches)
+    when = renumbering_for(model, positions, made.rule, default_caches)
     return made if when is None else replace(made, renumbering=when)
 
 
@@ -285,10 +285,10 @@ class _Maker:
 
 def default_bytes(model: nn.Module, tokens: int) -> int:
     """Bytes that the model's caches take without us, after so many tokens."""
-    return unbounded_bytes(trace(model, _default_caches(model)), tokens)
+    return unbounded_bytes(trace(model, default_caches(model)), tokens)
 
 
-def _default_caches(model: nn.Module) -> list[Any]:
+def default_caches(model: nn.Module) -> list[Any]:
     """The caches that the model has without us."""
     maker: Callable[[], list[Any]] | None = getattr(model, "make_cache", None)
     if isinstance(maker, _Maker):
@@ -317,7 +317,7 @@ def _bounded(
     fitted_to, archived_as = iter(storages), iter(archived)
     rotations: Iterator[Any] = iter(())
     if made.renumbering is not None:
-        rotations = iter(rotations_of(model, _default_caches))
+        rotations = iter(rotations_of(model, default_caches))
 
     def bounded(cache: Any) -> Any:
         if type(cache) is mlx_lm_cache.CacheList:
@@ -332,7 +332,7 @@ def _bounded(
             own = replace(own, renumbering=when)
         return new_cache(own)
 
-    caches = [bounded(c) for c in _default_caches(model)]
+    caches = [bounded(c) for c in default_caches(model)]
     layers: Any = model.layers
     if len(layers) > len(caches) and made.renumbering is None:
         for cache in leaves(caches):
