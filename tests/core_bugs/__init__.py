@@ -111,6 +111,8 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_a_conversation_pins_what_comes_before_its_first_question",
         "test_serving.py::test_more_drafts_than_can_be_taken_back_are_refused",
         "test_serving.py::test_a_draft_model_beside_shared_layers_is_refused",
+        "test_serving.py::"
+        "test_a_model_that_mixes_the_rows_of_a_batch_answers_one_by_one",
         "test_serving.py::test_a_stored_prompt_that_pins_otherwise_is_read_again",
         "test_serving.py::test_layers_without_a_position_stay_with_the_others",
         "test_serving.py::test_what_cannot_be_taken_back_is_read_anew",

@@ -565,6 +565,16 @@ _SERVER = [
         "    if caches > layers:\n",
     ),
     (
+        "a model that mixes rows reads batches",
+        "self.is_batchable and takes_rows(self.model)",
+        "self.is_batchable",
+    ),
+    (
+        "as many rows are tried as models have KV heads",
+        "_MANY = 97",
+        "_MANY = 2",
+    ),
+    (
         "a model that is refused stays loaded",
         "                self.reset()\n                raise\n",
         "                raise\n",
