@@ -25,7 +25,7 @@ PAGES = {
     **dict.fromkeys(
         (
             *("quality", "bits", "bytes", "perplexity", "needle", "longrange", "kept"),
-            *("recall", "recalled", "recalled-qwen", "limits"),
+            *("recall", "recalled", "recalled-qwen", "recalled-later", "limits"),
         ),
         "docs/results.md",
     ),
