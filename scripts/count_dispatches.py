@@ -178,6 +178,7 @@ def on_metal(trace: Trace) -> Iterator[None]:
         mock.patch.object(mx.fast, "metal_kernel", metal_kernel),
         mock.patch.object(mx.fast, "scaled_dot_product_attention", attention),
         mock.patch.object(mx.metal, "is_available", return_value=True),
+        mock.patch.object(mx, "default_device", return_value=mx.Device(mx.gpu)),
         mock.patch.object(mx, "contiguous", contiguous),
     ):
         yield

@@ -232,8 +232,9 @@ def test_a_model_that_mixes_the_rows_of_a_batch_answers_one_by_one(name, monkeyp
 
     monkeypatch.setattr(server.ModelProvider, "_load", load)
     models = [zoo.make(name), tiny.make()]
-    assert Provider(provided("a")).is_batchable
-    assert not Provider(provided("a")).is_batchable
+    for takes in (True, False):
+        provider = Provider(provided("a"), takes_rows=takes_rows)
+        assert provider.is_batchable is takes
 
 
 def test_a_stored_prompt_that_pins_otherwise_is_read_again():

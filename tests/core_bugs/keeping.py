@@ -566,7 +566,7 @@ _SERVER = [
     ),
     (
         "a model that mixes rows reads batches",
-        "self.is_batchable and takes_rows(self.model)",
+        "self.is_batchable and self._takes_rows(self.model)",
         "self.is_batchable",
     ),
     (

@@ -78,6 +78,7 @@ def serve(
     from ..hooks.handler import Listener, request_handler
     from ..hooks.server import PromptStore, Provider
     from ..models.conversion import pin_in_new_caches
+    from ..models.rows import takes_rows
 
     _make_hub_cache()
     unlimited = options["policy"] == "full"
@@ -85,7 +86,7 @@ def serve(
     shared = _Shared(arguments, options["max_kv_size"])
     ours = {
         "LRUPromptCache": lambda n: PromptStore(n, max_bytes=shared.stored_bytes),
-        "ModelProvider": partial(Provider, find=directory),
+        "ModelProvider": partial(Provider, find=directory, takes_rows=takes_rows),
         "ResponseGenerator": generator(
             give_up, pin_in_new_caches if pin_system else None
         ),

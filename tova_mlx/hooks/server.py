@@ -7,7 +7,6 @@ from mlx_lm import server
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 
 from ..errors import UnsupportedModelError
-from ..models.rows import takes_rows
 from .layers import leaves, seen
 
 
@@ -81,12 +80,18 @@ class Provider(server.ModelProvider):
     """Loads its model before it listens: an error then ends the command.
 
     find: says where the files of a model are, or raises. mlx-lm lets go of the model
-    that it has before it looks for the one that a request names.
+    that it has before it looks for the one that a request names. takes_rows: says
+    whether a model can read a batch.
     """
 
-    def __init__(self, arguments: Any, find: Callable[[str], Any] = str):
+    def __init__(
+        self,
+        arguments: Any,
+        find: Callable[[str], Any] = str,
+        takes_rows: Callable[[Any], bool] = lambda _: True,
+    ):
         super().__init__(arguments)
-        self._find = find
+        self._find, self._takes_rows = find, takes_rows
         self.load_default()
 
     def _load(
@@ -105,4 +110,4 @@ class Provider(server.ModelProvider):
             except UnsupportedModelError:
                 self.reset()
                 raise
-        self.is_batchable = self.is_batchable and takes_rows(self.model)
+        self.is_batchable = self.is_batchable and self._takes_rows(self.model)
