@@ -6,12 +6,12 @@ Fills caches of 512 tokens with a text, takes the logits of the next block of 25
 few layers, and has the Metal kernels run on them by tests/mslcheck, which counts (Linux
 x86-64, clang 19; no GPU). Loads are elements read from device memory; those that all 32
 lanes of a simdgroup read alike count once. Exponentials are calls of exp. Per row of
-the sequential kernel and threadgroup; the parallel one is not counted.
+the sequential kernel and threadgroup; the parallel ones are not counted.
 
 Beside it what one kernel took that read every logit of every row twice ("before"; its
-own joining of partial sums not counted), how many candidates a row has, and in how many
-rows a head was lost and all had to be read again. Victims are compared with those of
-the portable path. The last line is JSON.
+own joining of partial sums not counted), how many columns a row's bounds leave, and in
+how many rows a head was lost and read again. Victims are compared with those of the
+portable path. The last line is JSON.
 """
 
 import argparse
@@ -31,8 +31,13 @@ from tova_mlx.models.demo import demo_model_path
 
 LIMIT, LENGTH = 512, 256
 POLICIES = ("tova", "fade", "h2o")
+KERNELS = (
+    scan_kernels._rows_kernel,
+    scan_kernels._scores_kernel,
+    scan_kernels._scan_kernel,
+)
 # Read by all lanes of a simdgroup alike.
-SHARED = ("tops", "sums", "range")
+SHARED = ("tops", "sums", "range", "scores")
 # In a constant memory of their own, or in registers.
 CONSTANT = ("logits_shape", "counts", "memory")
 
@@ -59,15 +64,15 @@ def counted(logits, columns, rule, how, rows):
     import mslcheck
 
     before, counts = scan_kernels.ROWS, []
-    scan_kernels._rows_kernel.cache_clear()
-    scan_kernels._scan_kernel.cache_clear()
+    for kernel in KERNELS:
+        kernel.cache_clear()
     try:
         scan_kernels.ROWS = rows
         with mslcheck.checked_kernels(orders=1, counts=counts, seconds=600):
             result = scan_kernels.scan_on_gpu(logits, columns, rule, **how)
     finally:
         scan_kernels.ROWS = before
-    scanned = [c for name, c in counts if name != "tova_rows"]
+    scanned = [c for name, c in counts if name == "tova_scan"]
     loads = sum(
         n / (32 if name in SHARED else 1)
         for c in scanned
@@ -93,28 +98,45 @@ def taken_before(logits, columns, rule, how, last):
 
 
 def candidates(logits, columns, rule, last, rows):
-    """Per chooser and row: how many candidates [R, L], and whether a head was lost."""
+    """Per chooser and row [R, L]: columns that may be it, and heads taken again.
+
+    By the kernel's bounds, recomputed here.
+    """
     n_choices, n = columns.positions.shape
     length = logits.shape[2]
     logits = np.array(logits.astype(mx.float32)).reshape(n_choices, -1, length, n)
+    norms = np.ones(1, np.float32)
+    if columns.value_norms is not None:
+        norms = np.array(columns.value_norms)
+        norms = norms.repeat(logits.shape[1] * n_choices // norms[..., 0].size, axis=1)
+        norms = norms.reshape(n_choices, -1, n)
     positions = np.array(columns.positions)
     newest = positions[:, -1:] - (length - 1)
     found = np.zeros((n_choices, length), int)
     lost = np.zeros((n_choices, length), bool)
+    exact = np.array(columns.scores)
     for step in range(length):
+        if step % rows == 0:
+            lows, most = exact, np.ones(n_choices)
         there = np.arange(n) <= n - length + step
         began, held = ((last >= s) & there for s in (step - step % rows, step))
         visible = np.where(began[:, None], logits[:, :, step], -np.inf)
         weights = np.exp(visible - visible.max(axis=-1, keepdims=True))
         sums = weights.sum(axis=-1)
         rest = (weights * held[:, None]).sum(axis=-1)
+        weights = weights * norms
+        ratio = (sums / rest).max(axis=1)
+        most = np.maximum(most, ratio) if rule.memory else ratio
+        lows, exact = (
+            rule.memory * before + (weights / total[..., None]).mean(axis=1)
+            for before, total in ((lows, sums), (exact, rest))
+        )
         free = held & (positions >= rule.n_sinks)
         free &= positions <= newest + step - rule.n_recent
-        shares = np.where(free, (weights / sums[..., None]).mean(axis=1), np.inf)
         lost[:, step] = (rest < scan_kernels._LOST * sums).any(axis=1)
-        bound = shares.min(axis=1) * (sums / rest).max(axis=1) * 1.0001 + 1e-37
-        few = shares <= bound[:, None]
-        assert rule.memory or lost[:, step].all() or few[last == step].all()
+        bound = np.where(free, lows, np.inf).min(axis=1) * most * 1.0001 + 1e-37
+        few = free & (lows <= bound[:, None])
+        assert few[last == step].all()
         found[:, step] = few.sum(axis=1)
     return found, lost
 
@@ -127,7 +149,7 @@ def measure(given, policy, layer):
     before = taken_before(logits, columns, rule, how, last)
     line = {"policy": policy, "layer": layer, "threadgroups": len(last)}
     line["before"] = {"loads": before[0], "exponentials": before[1]}
-    for rows in (32, 64, 128, LENGTH):
+    for rows in (32, 64, 128):
         loads, exponentials, victims = counted(logits, columns, rule, how, rows)
         assert np.array_equal(victims, last), (policy, layer, rows)
         found, lost = candidates(logits, columns, rule, last, rows)
@@ -135,7 +157,7 @@ def measure(given, policy, layer):
         line[f"{rows} rows"] = {
             "loads": loads,
             "exponentials": exponentials,
-            **({} if rule.memory else few),
+            **few,
             "rows_lost": int(lost.sum()),
         }
     return line
@@ -149,9 +171,7 @@ def summary(lines):
         before = own[0]["before"]
         for rows in (key for key in own[0] if key.endswith("rows")):
             what = {k: np.mean([line[rows][k] for line in own]) for k in own[0][rows]}
-            if "most_candidates" in what:
-                each = [line[rows]["most_candidates"] for line in own]
-                what["most_candidates"] = max(each)
+            what["most_candidates"] = max(ln[rows]["most_candidates"] for ln in own)
             for kind in ("loads", "exponentials"):
                 what[f"{kind}_of_before"] = what[kind] / before[kind]
             what["both_of_before"] = (what["loads"] + what["exponentials"]) / sum(
@@ -190,12 +210,7 @@ def main() -> None:
             f"{name:16} {what['loads']:7.0f} loads ({what['loads_of_before']:.3f}), "
             f"{what['exponentials']:6.0f} exponentials "
             f"({what['exponentials_of_before']:.3f}), both {what['both_of_before']:.3f}"
-            + (
-                f", {what['candidates']:.1f} candidates (at most "
-                f"{what['most_candidates']})"
-                if "candidates" in what
-                else ""
-            )
+            f", {what['candidates']:.1f} candidates (at most {what['most_candidates']})"
         )
     report = {**provenance(), "model": args.model.name, "held": LIMIT}
     report |= {"block": LENGTH, "rows_at_once": scan_kernels.ROWS}

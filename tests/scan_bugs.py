@@ -8,20 +8,21 @@ from kernel_bugs import (
     _LINT,
     _NOT_WRITTEN,
     _RACE,
-    _SHUFFLE,
     _WRONG,
     _without,
 )
 from mslcheck.findings import Kind
 from mslcheck.seeded import Bug
 
-_SHARES = f"{_BARRIER}\n\n  const int newest"
+_SHARES = f"{_BARRIER}\n  for (int c = tid"
 _FLAGS = f"{_BARRIER}\n#define"
-_MOST = f"{_BARRIER}\n\n    float most"
+_MOST = f"{_BARRIER}\n\n    float greatest"
 _BEST = f"{_BARRIER}\n      for (int s = 0"
 _END = f"    }}\n    {_BARRIER}\n  }}"
-_WEIGHT = "metal::exp(float(logits[at]) - top[h]) * factor[h]"
+_WEIGHT = "metal::exp(float(logits[at]) - top[then + h]) / total[then + h]"
 _SEEN_HELD = "if (held_until[own + c] == n_steps) tova_add"
+_PARTNER = "const float other_low = simd_shuffle_xor(low, apart);"
+_NEXT = "if (its > taken || (its == taken && next > c))"
 
 
 BUGS = [
@@ -80,12 +81,6 @@ BUGS = [
     ),
     Bug("a first token too few", "n_sinks - 1 :", "n_sinks - 2 :", _WRONG),
     Bug(
-        "shares of protected tokens",
-        "held && unprotected ?",
-        "held ?",
-        _WRONG,
-    ),
-    Bug(
         "a range begins nowhere",
         "if (c == 0 && limit < position)",
         "if (false)",
@@ -93,17 +88,44 @@ BUGS = [
     ),
     Bug(
         "no share of what is not held",
-        "c < n_columns; c += ROW",
-        "c < n_seen; c += ROW",
+        "float share = 0.0f;\n    if",
+        "if (c >= n_seen) continue;\n    float share = 0.0f;\n    if",
         _NOT_WRITTEN,
     ),
+    Bug("double", "float given = 0.0f;", "double given = 0.0f;", _LINT),
+    Bug("shares by the first head's sum", "/ total[h]", "/ total[0]", _WRONG),
+    # The scores: bounds before the scan, and what is handed on after it.
     Bug(
-        "heads on top of each other",
-        "(line * HEADS + h) * n_columns",
-        "line * HEADS * n_columns",
-        (*_RACE, *_NOT_WRITTEN),
+        "scores of another row",
+        "logits_shape[3];\n  const int first = counts[0];",
+        "logits_shape[3];\n  const int first = 0;",
+        _WRONG,
     ),
-    Bug("double", "float score = 0.0f;", "double score = 0.0f;", _LINT),
+    Bug("a step's scores not noted", "if (nth >= 0)", "if (nth > 0)", _NOT_WRITTEN),
+    Bug(
+        "scores noted a step early",
+        "row - (n_rows - n_before)",
+        "row + 1 - (n_rows - n_before)",
+        (*_BOUNDS, *_NOT_WRITTEN),
+    ),
+    Bug(
+        "scores of before forgotten", "MEMORY ? scores[own + c] : 0.0f", "0.0f", _WRONG
+    ),
+    Bug(
+        "a token has scores before it is there",
+        "held && c <= n_columns - n_steps + step",
+        "held",
+        _WRONG,
+    ),
+    Bug(
+        "a token has nothing of its own step",
+        "held && c <= n_columns",
+        "held && c < n_columns",
+        _WRONG,
+    ),
+    Bug("memory that never fades", "memory[0] * score + gain", "score + gain", _WRONG),
+    Bug("memory forgotten", "MEMORY ? memory[0] * score + gain : gain", "gain", _WRONG),
+    Bug("sums of the first row", "/ sums[line * HEADS + h]", "/ sums[h]", _WRONG),
     # The scan.
     Bug("no barrier after the flags", _FLAGS, _without(_FLAGS), _EARLY),
     Bug("no barrier before the candidates", _MOST, _without(_MOST), _EARLY),
@@ -179,55 +201,10 @@ BUGS = [
         _WRONG,
     ),
     Bug(
-        "a lost head's candidates", "lost ? INFINITY : sum / rest", "sum / rest", _WRONG
-    ),
-    Bug("a lost head's shares", "if (MEMORY && !lost)", "if (MEMORY)", _WRONG),
-    Bug(
-        "who has the least share is evicted",
-        "bound * most * 1.0001f + 1e-37f",
-        "bound",
-        _WRONG,
-    ),
-    Bug(
-        "ratio of the first head",
-        "h < HEADS; h += 32) most",
-        "h < 1; h += 32) most",
-        _WRONG,
-    ),
-    Bug(
         "least of too many simdgroups",
         "lane < SIMDGROUPS ? least[lane] : INFINITY",
         "least[lane]",
         _BOUNDS,
-    ),
-    Bug("the evicted are the least", "if (TOVA_HELD(c)) mine", "mine", _WRONG),
-    Bug("the evicted are candidates", "if (!TOVA_HELD(c) || ", "if (", _WRONG),
-    Bug("candidates by the least share", _WEIGHT, f"{_WEIGHT} / ratio[h]", _WRONG),
-    Bug(
-        "a head is missing",
-        "for (int h = 0; h < HEADS; ++h) {\n        if (MEMORY",
-        "for (int h = 1; h < HEADS; ++h) {\n        if (MEMORY",
-        _WRONG,
-    ),
-    Bug("a sum and no mean", "score * (1.0f / float(HEADS))", "score", _WRONG),
-    Bug("memory that never fades", "memory[0] * new_scores", "new_scores", _WRONG),
-    Bug(
-        "memory forgotten",
-        "if (MEMORY) score += memory",
-        "if (false) score += memory",
-        _WRONG,
-    ),
-    Bug(
-        "the last scores only of candidates",
-        "MEMORY || lost || step == n_steps - 1",
-        "MEMORY || lost",
-        _WRONG,
-    ),
-    Bug(
-        "protected and evicted",
-        "if (c >= unprotected && c < recent) tova_take",
-        "tova_take",
-        _WRONG,
     ),
     Bug("evicts from the start", "step >= first_evicting", "step >= 0", _WRONG),
     Bug(
@@ -263,16 +240,149 @@ BUGS = [
     ),
     Bug("room for a victim too few", "victims[ROWS]", "victims[ROWS - 1]", _BOUNDS),
     Bug(
+        "sums before the evictions handed on",
+        "left_sums[line * HEADS + h] = rest;",
+        "left_sums[line * HEADS + h] = sum;",
+        _WRONG,
+    ),
+    Bug(
+        "a head's tops not handed on",
+        "left_tops[line * HEADS + h] = high;",
+        "",
+        _NOT_WRITTEN,
+    ),
+    Bug(
+        "a lost head's ratio by another maximum",
+        "sum * metal::exp(began - high) / rest",
+        "sum / rest",
+        _WRONG,
+    ),
+    Bug(
+        "a head that sees nothing bounds",
+        "more = sum > 0.0f ? INFINITY : 1.0f",
+        "more = 1.0f",
+        _WRONG,
+    ),
+    Bug(
+        "who has the lowest bound is evicted",
+        "(bound + SLACK) * most * 1.0001f",
+        "bound",
+        _WRONG,
+    ),
+    Bug(
+        "ratio of the first head",
+        "h < HEADS; h += 32) greatest",
+        "h < 1; h += 32) greatest",
+        _WRONG,
+    ),
+    Bug(
+        "ratio of the last row",
+        "MEMORY ? metal::max(most, greatest) : greatest",
+        "greatest",
+        _WRONG,
+    ),
+    Bug(
+        "the evicted are evicted again",
+        "if (c < begin || !TOVA_HELD(c)) continue;",
+        "if (c < begin) continue;",
+        _WRONG,
+    ),
+    Bug(
+        "the first tokens are not protected",
+        "if (c < begin || !TOVA_HELD(c)) continue;",
+        "if (!TOVA_HELD(c)) continue;",
+        _WRONG,
+    ),
+    Bug(
+        "recent tokens are not protected",
+        "metal::min(range[line * 2 + 1], n_seen)",
+        "n_seen",
+        _WRONG,
+    ),
+    Bug(
+        "the next is evicted already",
+        "if (next < begin || !TOVA_HELD(next)) continue;",
+        "if (next < begin) continue;",
+        _WRONG,
+    ),
+    Bug(
+        "the next of another row",
+        "const float its = lows[bounds * n_columns + next]",
+        "const float its = lows[next]",
+        _WRONG,
+    ),
+    Bug("alike, and only the oldest is taken", _NEXT, "if (its > taken)", _WRONG),
+    Bug(
+        "an exact score says that no other is lower",
+        "- SLACK > best) break;",
+        "- SLACK > -1.0f) break;",
+        _WRONG,
+    ),
+    Bug(
+        "bounds are scores",
+        "tova_take(best, victim, score, c);",
+        "tova_take(best, victim, low, c);",
+        _WRONG,
+    ),
+    Bug(
+        "another row's maximum",
+        _WEIGHT,
+        _WEIGHT.replace("top[then + h]", "top[h]"),
+        _WRONG,
+    ),
+    Bug(
+        "another head's sum",
+        _WEIGHT,
+        _WEIGHT.replace("total[then + h]", "total[then]"),
+        _WRONG,
+    ),
+    Bug(
+        "rows kept on top of each other",
+        "MEMORY ? row * HEADS : 0",
+        "0",
+        (*_EARLY, *_WRONG, Kind.UNINITIALISED),
+    ),
+    Bug(
+        "an exact score of this row only",
+        "int from = MEMORY ? 0 : row;",
+        "int from = row;",
+        _WRONG,
+    ),
+    Bug(
+        "an exact score of 32 rows",
+        "from <= row; from += 32",
+        "from <= row && from < 32; from += 32",
+        _WRONG,
+    ),
+    Bug(
+        "rows in another order",
+        "simd_shuffle(gain, ushort(i))",
+        "simd_shuffle(gain, ushort(31 - i))",
+        _WRONG,
+    ),
+    Bug("exact scores never fade", "memory[0] * score + nth", "score + nth", _WRONG),
+    Bug(
+        "exact scores from nothing",
+        "float score = MEMORY ? scores[own + c] : 0.0f;\n        for",
+        "float score = 0.0f;\n        for",
+        _WRONG,
+    ),
+    Bug(
         "shuffle in a branch",
-        _SHUFFLE,
-        f"if (lane < apart) {{ {_SHUFFLE} }} {_SHUFFLE}",
+        _PARTNER,
+        f"float other_low = 0; if (lane < apart) other_low = {_PARTNER[24:]}",
         (Kind.INACTIVE_LANE, Kind.SIMDGROUP),
     ),
-    Bug("a step's scores not noted", "if (nth >= 0)", "if (nth > 0)", _NOT_WRITTEN),
+    Bug(
+        "lanes leave the loop one by one",
+        "        for (ushort apart = 16",
+        "        if (column == n_columns) break;\n        for (ushort apart = 16",
+        (Kind.INACTIVE_LANE, Kind.SIMDGROUP),
+    ),
     Bug(
         "writes to an input",
-        "new_scores[own + c] = score;",
-        "scores[own + c] = score;",
+        "last[own + victim] = step;",
+        "held_until[own + victim] = step;",
         _COMPILE,
     ),
     Bug(

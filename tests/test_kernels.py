@@ -70,6 +70,7 @@ def forget_kernels():
     for module in (scan_kernels, keydiff_kernel):
         module._scan_kernel.cache_clear()
     scan_kernels._rows_kernel.cache_clear()
+    scan_kernels._scores_kernel.cache_clear()
     metal.take_kernel.cache_clear()
 
 
@@ -551,8 +552,9 @@ def test_nothing_waits_for_the_device(monkeypatch, policy):
     mx.compile(generate)(tiny.tokens(30), mx.array([[1]]))
     forget_kernels()
     layers = len(caches)
-    scans = [name for name in ran if "scan" in name or "rows" in name]
-    a_block = {"window": 0, "keydiff": 1}.get(policy, 2)
+    of_scans = "scan", "rows", "scores"
+    scans = [name for name in ran if any(part in name for part in of_scans)]
+    a_block = {"window": 0, "keydiff": 1, "tova": 3}.get(policy, 4)
     assert len(scans) == a_block * layers
     steps = {"window": 0, "keydiff": 2}.get(policy, 1)
     # A journal is written from the first step on that finds a victim.
