@@ -46,6 +46,7 @@ def script() -> Any:
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
+        sys.path.insert(0, str(test_prepare.SCRIPT.parent))
         spec.loader.exec_module(module)
     return sys.modules[name]
 
@@ -202,7 +203,7 @@ class Gguf:
         prepare = script()
         try:
             prepare.convert(path, self.place, np.float32)
-        except (prepare.PrepareError, OSError, RuntimeError) as error:
+        except (prepare.GGUFError, OSError, RuntimeError) as error:
             return of_script(how, error)
         try:
             use(self.place)

@@ -33,6 +33,7 @@ def prepare(monkeypatch, tmp_path):
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look it up
+    monkeypatch.syspath_prepend(SCRIPT.parent)
     spec.loader.exec_module(module)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return module
@@ -404,4 +405,4 @@ def test_unpermuting_undoes_llama_cpps_interleaving(prepare):
     # llama.cpp: rows a0 a1 b0 b1 of a head (halves a, b) become a0 b0 a1 b1.
     halves = np.arange(8.0)[:, None]
     interleaved = np.array([0, 2, 1, 3, 4, 6, 5, 7.0])[:, None]
-    assert np.array_equal(prepare.unpermute(interleaved, 2), halves)
+    assert np.array_equal(sys.modules["gguf_model"].unpermute(interleaved, 2), halves)
