@@ -25,7 +25,8 @@ PAGES = {
     **dict.fromkeys(
         (
             *("quality", "bits", "bytes", "perplexity", "needle", "longrange", "kept"),
-            *("recall", "recalled", "recalled-qwen", "recalled-later", "limits"),
+            *("recall", "recalled", "recalled-qwen", "recalled-later", "recalled-last"),
+            "limits",
         ),
         "docs/results.md",
     ),

@@ -178,6 +178,11 @@ def recalled_later() -> str:
     return needle("recall/needle_4096/results.jsonl")
 
 
+def recalled_last() -> str:
+    """Markdown: the same in eight times the text."""
+    return needle("recall/needle_8000/results.jsonl")
+
+
 def limits() -> str:
     """Markdown: what recall costs, one thing replaced at a time."""
     report = json.loads((RESULTS / "recall" / "limits.json").read_text())
@@ -297,6 +302,7 @@ TABLES = {
     "recalled": recalled,
     "recalled-qwen": recalled_qwen,
     "recalled-later": recalled_later,
+    "recalled-last": recalled_last,
     "limits": limits,
     "longrange": longrange,
     "kept": kept,
