@@ -21,6 +21,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 from common import EXCERPT, ROOT, finish, provenance, repeated_ids
+from count_dispatches import KERNELS
 
 from tova_mlx import make_prompt_cache
 from tova_mlx.attention import block
@@ -31,11 +32,6 @@ from tova_mlx.models.demo import demo_model_path
 
 LIMIT, LENGTH = 512, 256
 POLICIES = ("tova", "fade", "h2o")
-KERNELS = (
-    scan_kernels._rows_kernel,
-    scan_kernels._scores_kernel,
-    scan_kernels._scan_kernel,
-)
 # Read by all lanes of a simdgroup alike.
 SHARED = ("tops", "sums", "range", "scores")
 # In a constant memory of their own, or in registers.
@@ -134,7 +130,8 @@ def candidates(logits, columns, rule, last, rows):
         free = held & (positions >= rule.n_sinks)
         free &= positions <= newest + step - rule.n_recent
         lost[:, step] = (rest < scan_kernels._LOST * sums).any(axis=1)
-        bound = np.where(free, lows, np.inf).min(axis=1) * most * 1.0001 + 1e-37
+        lowest = np.where(free, lows, np.inf).min(axis=1)
+        bound = (lowest + scan_kernels._SLACK) * most * 1.0001
         few = free & (lows <= bound[:, None])
         assert few[last == step].all()
         found[:, step] = few.sum(axis=1)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import test_prepare
 from hostile import REFUSED, RIGHT, Kind, Outcome, mutated_bytes
-from hostile_models import mutated_json, script
+from hostile_models import mutated_json
 from hostile_rows import mutated_rows
 
 PROGRAM = (sys.executable, "-m", "tova_mlx")
@@ -29,7 +29,7 @@ class Commands:
         self.model.mkdir()
         gguf = place / "a.gguf"
         test_prepare.write_gguf(gguf, "llama")
-        script().convert(gguf, self.model, np.float32)
+        test_prepare.gguf_model.convert(gguf, self.model, np.float32)
         self.of_model = ("--model", str(self.model))
         self.text = place / "text.txt"
         self.text.write_text("hi hi 12\n" * 30, encoding="utf-8")

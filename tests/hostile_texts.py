@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import test_prepare
 from hostile import RIGHT, Kind, Outcome, mutated_bytes, refused
-from hostile_models import mutated_json, script
+from hostile_models import mutated_json
 
 from tova_mlx.cli import models
 from tova_mlx.cli.texts import read_given
@@ -110,7 +110,7 @@ class Talks:
         gguf, made = place / "a.gguf", place / "model"
         made.mkdir()
         test_prepare.write_gguf(gguf, "llama")
-        script().convert(gguf, made, np.float32)
+        test_prepare.gguf_model.convert(gguf, made, np.float32)
         model, self.tokenizer, _ = models.load(str(made))
         convert(model, 12, policy="fade")
         self.model, self.path = model, place / "talk.safetensors"

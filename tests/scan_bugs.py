@@ -26,7 +26,7 @@ _NEXT = "if (its > taken || (its == taken && next > c))"
 
 
 BUGS = [
-    # Both kernels: the header.
+    # All kernels: the header.
     Bug(
         "ties to the newest",
         "other_column < column)",

@@ -5,6 +5,8 @@ build: a race, a read past an array or a divergent barrier fails like a wrong nu
 """
 
 import os
+import sys
+from pathlib import Path
 
 import mlx.core as mx
 import mslcheck
@@ -22,7 +24,6 @@ from tova_mlx.eviction import (
     choose_on_gpu,
     choose_victim,
     kernels_wanted,
-    scan_kernels,
     scored_scan,
     step_kernel,
     step_on_gpu,
@@ -33,6 +34,10 @@ from tova_mlx.storage import metal
 from tova_mlx.storage.entries import arrays_of, gather
 from tova_mlx.storage.fields import Fresh
 from tova_mlx.storage.formats import storage_for
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+from count_dispatches import KERNELS
 
 POLICIES = ["tova", "h2o", "vatp", "fade"]
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
@@ -65,13 +70,8 @@ def kernels_run(monkeypatch):
 
 def forget_kernels():
     """Kernels are made again when they are next asked for."""
-    for module in (step_kernel, choice_kernel, keydiff_kernel):
-        module._kernel.cache_clear()
-    for module in (scan_kernels, keydiff_kernel):
-        module._scan_kernel.cache_clear()
-    scan_kernels._rows_kernel.cache_clear()
-    scan_kernels._scores_kernel.cache_clear()
-    metal.take_kernel.cache_clear()
+    for make in KERNELS:
+        make.cache_clear()
 
 
 class Case:

