@@ -193,9 +193,9 @@ _ARCHIVE = [
         _TWICE,
     ),
     (
-        "what came back weighs as if there was no more",
-        "share = mx.exp(self.lse - mx.logaddexp(self.total, lse))",
-        "share = mx.exp(self.lse - mx.logaddexp(self.lse, lse))",
+        "what is not read has the value zero in decode",
+        "output = _read_values(archive, seen, chosen, top)",
+        "output = mx.array(0.0)",
         _READ,
     ),
     (
@@ -212,27 +212,62 @@ _ARCHIVE = [
     ),
     (
         "a head of a group chooses for all",
-        "return _Seen(blocks.max(axis=2), top, total, weights)",
-        "return _Seen(blocks[:, :, 0], top, total, weights)",
+        "return _Seen(blocks.max(axis=2), top, weights, sums, tile.means)",
+        "return _Seen(blocks[:, :, 0], top, weights, sums, tile.means)",
         _READ,
     ),
     (
         "positions without a row attract",
-        "logits = mx.where(there[:, :, None], logits, -mx.inf)",
-        "logits = mx.where(there[:, :, None], logits, 0.0)",
+        "logits = mx.where(tile.there[:, :, None], logits, -mx.inf)",
+        "logits = mx.where(tile.there[:, :, None], logits, 0.0)",
         _READ,
     ),
     (
         "tiles are added up as if all had one maximum",
-        "scale = mx.exp(mx.where(one.top == -mx.inf, -mx.inf, one.top - top))",
-        "scale = mx.where(one.top == -mx.inf, 0.0, 1.0)",
+        "output = output + mx.exp(one.top - top) * part",
+        "output = output + part",
         _READ,
     ),
     (
         "all tiles have the blocks of the first",
-        "read = chosen[:, :, None, :, start : start + size, None]",
-        "read = chosen[:, :, None, :, :size, None]",
+        "read = chosen[:, :, None, :, start:stop, None]",
+        "read = chosen[:, :, None, :, : stop - start, None]",
         _READ,
+    ),
+    (
+        "blocks that are read count by their means too",
+        "part = _weighed(rest.flatten(-2, -1), one.means)",
+        "part = _weighed(one.sums, one.means)",
+        _READ,
+    ),
+    (
+        "a mean has the values of positions without a row",
+        "kept = mx.where(there[..., None], dequantized(values), 0).reshape(shape)",
+        "kept = dequantized(values).reshape(shape)",
+        _BACK,
+    ),
+    (
+        "a mean is of four rows where there are fewer",
+        "means = kept.sum(axis=3) / mx.maximum(counts, 1)[..., None]",
+        "means = kept.mean(axis=3)",
+        _READ,
+    ),
+    (
+        "means of rows that were taken back stay",
+        "return old.with_means(rows.positions)",
+        "return old",
+        _BACK,
+    ),
+    (
+        "means on disk of rows that were cut off stay",
+        "self._places[gone] = -1\n        self._write_means(np.nonzero(gone)[2])\n",
+        "self._places[gone] = -1\n",
+    ),
+    (
+        "means on disk of rows that are over the limit stay",
+        "            self._write_means(np.nonzero(gone)[2])\n\n",
+        "\n",
+        ("test_recall.py::test_a_limit_on_disk_is_kept_and_the_oldest_go",),
     ),
     (
         "queries of a chunk read what the first ones do",
@@ -250,7 +285,7 @@ _ARCHIVE = [
     ),
     (
         "rows that were cut off a log are still in their places",
-        "        self._places[self._places >= kept] = -1\n",
+        "        self._places[gone] = -1\n",
         "",
     ),
     (

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from .entries import (
     Entries,
     arrays_of,
+    dequantized,
     each,
     gather,
     is_plain,
@@ -28,9 +29,20 @@ from .formats import Storage
 ROOM = 1024
 # Positions whose keys are compared with queries at once.
 TILE = 4096
+# Neighbours whose mean value stands for those that are not read.
+MEAN_OF = 4
 
-# Keys of some positions, and which of them are there: bool [B, H', n].
-Tile: TypeAlias = tuple[Entries, mx.array]
+
+class Tile(NamedTuple):
+    """What is read of n positions by whoever chooses among them.
+
+    there: which hold a row, bool [B, H', n]; means: of every 4 positions, the mean of
+    their rows' values [B, n_kv_heads, n / 4, head_dim].
+    """
+
+    keys: Entries
+    there: mx.array
+    means: Entries
 
 
 class Rows(NamedTuple):
@@ -54,7 +66,8 @@ class Archive:
     """Rows evicted, of one layer. Never changed in place.
 
     storage: their format; count: how many each batch row and head was given, lost ones
-    too; there: bool [B, H', C], which positions hold one.
+    too; there: bool [B, H', C], which positions hold one; means: of every 4 positions,
+    the mean of their rows' values [B, n_kv_heads, C / 4, head_dim], in their format.
     """
 
     storage: Storage
@@ -63,6 +76,7 @@ class Archive:
     keys: Any = None
     values: Any = None
     there: mx.array | None = None
+    means: Any = None
 
     def __deepcopy__(self, memo: Any) -> Archive:
         # What is never changed need not be doubled.
@@ -71,7 +85,8 @@ class Archive:
     @property
     def arrays(self) -> tuple[mx.array, ...]:
         there = () if self.there is None else (self.there,)
-        return (*arrays_of(self.keys), *arrays_of(self.values), *there)
+        entries = (self.keys, self.values, self.means)
+        return (*(a for e in entries for a in arrays_of(e)), *there)
 
     @property
     def nbytes(self) -> int:
@@ -87,13 +102,14 @@ class Archive:
             return self
         keys, values, positions = stored_as(self.storage, rows)
         grown = self._with_room(keys, values, positions, seen)
-        return replace(
+        new = replace(
             grown,
             count=self.count + rows.length,
             keys=write(grown.keys, keys, positions),
             values=write(grown.values, values, positions),
             there=_put(grown.there, positions, True),
         )
+        return new.with_means(positions)
 
     def without(self, rows: Rows) -> Archive:
         """Return the archive before rows were added."""
@@ -102,7 +118,32 @@ class Archive:
         if rows.length == self.count:
             return self.empty()
         there = _put(self.there, rows.positions, False)
-        return replace(self, count=self.count - rows.length, there=there)
+        old = replace(self, count=self.count - rows.length, there=there)
+        return old.with_means(rows.positions)
+
+    def with_means(self, positions: mx.array | None = None) -> Archive:
+        """Return the archive with all means anew, or those that positions are part of.
+
+        Each is computed of all its rows, so that it does not depend on when they came,
+        or on rows that were taken back.
+        """
+        assert self.there is not None
+        n = self.room // MEAN_OF
+        if positions is None or positions.shape[2] >= n:
+            groups = mx.broadcast_to(mx.arange(n), (*self.there.shape[:2], n))
+        else:
+            groups = positions // MEAN_OF
+        means = self.means
+        for start in range(0, groups.shape[2], TILE):
+            some = groups[..., start : start + TILE]
+            columns = rows_of(some, MEAN_OF)
+            there = mx.broadcast_to(self.there, (*columns.shape[:2], self.room))
+            values = gather(self.values, columns)
+            new = means_of(self.storage, values, gather(there, columns))
+            if means is None:
+                means = pad(each(lambda a: a[:, :, :0], new), 0, n)
+            means = write(means, new, some)
+        return replace(self, means=means)
 
     @property
     def n_kv_heads(self) -> int:
@@ -114,11 +155,15 @@ class Archive:
         return 0 if self.there is None else self.there.shape[2]
 
     def tiles(self) -> Iterator[Tile]:
-        """Yield keys and which of them are there, of all positions in order."""
+        """Yield what is read of all positions, in order."""
         assert self.there is not None
         for start, stop in tiles(self.room):
-            keys = each(lambda a, i=start, j=stop: a[:, :, i:j], self.keys)
-            yield keys, self.there[..., start:stop]
+            first, last = start // MEAN_OF, stop // MEAN_OF
+            yield Tile(
+                each(lambda a, i=start, j=stop: a[:, :, i:j], self.keys),
+                self.there[..., start:stop],
+                each(lambda a, i=first, j=last: a[:, :, i:j], self.means),
+            )
 
     def values_of_tiles(self) -> Iterator[Entries]:
         """Yield values, of the same positions."""
@@ -166,11 +211,14 @@ class Archive:
             none = [each(lambda a: a[:, :, :0], e) for e in (keys, values)]
             empty = mx.zeros((*positions.shape[:2], 0), mx.bool_)
             self = replace(self, keys=none[0], values=none[1], there=empty)
+        more = room - there
+        means = self.means
         return replace(
             self,
-            keys=pad(self.keys, 0, room - there),
-            values=pad(self.values, 0, room - there),
-            there=pad(self.there, 0, room - there),
+            keys=pad(self.keys, 0, more),
+            values=pad(self.values, 0, more),
+            there=pad(self.there, 0, more),
+            means=None if means is None else pad(means, 0, more // MEAN_OF),
         )
 
 
@@ -178,6 +226,27 @@ def tiles(room: int) -> Iterator[tuple[int, int]]:
     """Yield where each tile begins and ends."""
     for start in range(0, room, TILE):
         yield start, min(start + TILE, room)
+
+
+def rows_of(blocks: mx.array, size: int) -> mx.array:
+    """Return the positions [..., size n] of blocks [..., n] of so many, int32."""
+    columns = blocks[..., None] * size + mx.arange(size)
+    return columns.flatten(-2, -1).astype(mx.int32)
+
+
+def means_of(storage: Storage, values: Entries, there: mx.array) -> Entries:
+    """Return means of every 4 values [B, n_kv_heads, 4 n, head_dim].
+
+    there: bool [B, H', 4 n], which of the values count.
+    """
+    shape = (*values.shape[:2], -1, MEAN_OF, values.shape[3])
+    kept = mx.where(there[..., None], dequantized(values), 0).reshape(shape)
+    counts = there.reshape(*there.shape[:2], -1, MEAN_OF).sum(axis=3)
+    means = kept.sum(axis=3) / mx.maximum(counts, 1)[..., None]
+    if is_plain(values):
+        return means.astype(values.dtype)
+    assert storage.values is not None
+    return storage.values.quantize(means)
 
 
 def stored_as(storage: Storage, rows: Rows) -> Rows:

@@ -1,8 +1,9 @@
 """Rows that a layer evicted, to be brought back: on disk.
 
 Rows are appended to a log in the order in which they were evicted; where each
-position's row is, is in a file that nobody else sees. What an archive is given waits in
-memory until it is asked for rows, so that nothing waits for the device but that.
+position's row is, and the means of values, are in files that nobody else sees.
+What an archive is given waits in memory until it is asked for rows, so that nothing
+waits for the device but that.
 """
 
 from __future__ import annotations
@@ -15,9 +16,20 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CacheStateError
-from .archive import ROOM, Archive, Rows, Tile, stored_as, tiles
+from .archive import (
+    MEAN_OF,
+    ROOM,
+    TILE,
+    Archive,
+    Rows,
+    Tile,
+    means_of,
+    rows_of,
+    stored_as,
+    tiles,
+)
 from .entries import Entries, arrays_of, each, pad, to_mlx, with_arrays
-from .formats import Storage
+from .formats import PLAIN, Storage
 from .log_directory import LogDirectory
 from .row_log import RowLog
 
@@ -45,7 +57,7 @@ class Disk:
         # How often rows were taken back, and at how many each time.
         self.cuts: list[int] = []
         self._log: RowLog | None = None
-        self._like: Any = None
+        self._storage, self._like = PLAIN, {}
 
     def __deepcopy__(self, memo: Any) -> Disk:
         return self
@@ -60,12 +72,12 @@ class Disk:
     def nbytes(self) -> int:
         return 0 if self._log is None else self._log.nbytes
 
-    def append(self, rows: Rows, seen: int) -> None:
-        """Write rows in an archive's formats. Raises CacheStateError."""
+    def append(self, storage: Storage, rows: Rows, seen: int) -> None:
+        """Write rows, which are in these formats. Raises CacheStateError."""
         if self._log is None:
-            self._begin(rows)
+            self._begin(storage, rows)
         assert self._log is not None
-        first, n = self._log.count, rows.length
+        first, n, oldest = self._log.count, rows.length, self._log.first
         arrays = {"positions": rows.positions, **_named(rows.keys, rows.values)}
         parts = {
             name: np.ascontiguousarray(np.moveaxis(np.array(array), 2, 0))
@@ -86,6 +98,10 @@ class Disk:
             numbers = np.arange(first, first + written, dtype=np.int32)
             numbers = np.broadcast_to(numbers, positions.shape)
             np.put_along_axis(self._places, positions, numbers, axis=2)
+            self._write_means(positions)
+        if self._log.first > oldest:
+            gone = (self._places >= oldest) & (self._places < self._log.first)
+            self._write_means(np.nonzero(gone)[2])
 
     def truncate(self, count: int) -> None:
         """Forget rows from `count` on."""
@@ -98,7 +114,9 @@ class Disk:
         kept = min(count - self.lost_before, self._log.count)
         self.lost_after = count - self.lost_before - kept
         self._log.truncate(kept)
-        self._places[self._places >= kept] = -1
+        gone = self._places >= kept
+        self._places[gone] = -1
+        self._write_means(np.nonzero(gone)[2])
 
     @property
     def room(self) -> int:
@@ -115,7 +133,9 @@ class Disk:
         for start, stop in tiles(self.room):
             there = np.asarray(self._places[..., start:stop]) >= self._log.first
             (keys,) = self._take(self._numbers(self._all(start, stop)), "keys")
-            yield keys, to_mlx(there)
+            few = slice(start // MEAN_OF, stop // MEAN_OF)
+            means = [to_mlx(np.asarray(a[:, :, few])) for a in self._means]
+            yield Tile(keys, to_mlx(there), with_arrays(self._like["values"], means))
 
     def values_of_tiles(self) -> Iterator[Entries]:
         """As `Archive.values_of_tiles`."""
@@ -159,7 +179,23 @@ class Disk:
         positions = self._log.take(numbers)["positions"].transpose(1, 2, 0)
         return Rows(keys, values, mx.array(np.ascontiguousarray(positions)))
 
-    def _begin(self, rows: Rows) -> None:
+    def _write_means(self, positions: np.ndarray) -> None:
+        """Compute the means that these positions are part of anew."""
+        assert self._log is not None
+        changed = np.unique(positions // MEAN_OF)
+        for start in range(0, len(changed), TILE):
+            groups = changed[start : start + TILE]
+            columns = np.array(rows_of(to_mlx(groups), MEAN_OF))
+            numbers = self._numbers(
+                np.broadcast_to(columns, (*self._shape, len(columns)))
+            )
+            (values,) = self._take(numbers, "values")
+            there = to_mlx(numbers >= self._log.first)
+            means = means_of(self._storage, values, there)
+            for array, new in zip(self._means, arrays_of(means), strict=True):
+                array[:, :, groups] = np.array(new)
+
+    def _begin(self, storage: Storage, rows: Rows) -> None:
         arrays = _named(rows.keys, rows.values)
         batch, heads = rows.keys.shape[:2]
         parts: dict[str, tuple[Any, tuple[int, ...]]] = {
@@ -173,9 +209,9 @@ class Disk:
         entries = {"keys": rows.keys, "values": rows.values}
         self._like = {n: each(lambda a: a[:, :, :0], e) for n, e in entries.items()}
         self._log = self.directory.log(self.name, parts, limit_rows)
-        shape = (batch, choosers, 0)
-        self._places = np.zeros(shape, np.int32)
-        self._shape = (batch, heads)
+        self._storage, self._shape = storage, (batch, heads)
+        self._places = np.zeros((batch, choosers, 0), np.int32)
+        self._means = [np.array(a) for a in arrays_of(self._like["values"])]
 
     def _make_room(self, seen: int) -> None:
         """Have places for positions below `seen`, in a file that nobody else sees."""
@@ -183,20 +219,26 @@ class Disk:
         if seen <= there:
             return
         room = -(-max(seen, there + there // 4) // ROOM) * ROOM
-        places = np.full((*self._places.shape[:2], room), -1, np.int32)
-        places[:, :, :there] = self._places
         try:
-            # Written before it is mapped: a page that a full disk has no room for
-            # would end the process.
-            with self.directory.nameless(self.name) as file:
-                file.write(places.tobytes())
-                file.flush()
-                self._places = np.memmap(file, places.dtype, "r+", shape=places.shape)
+            places = self._mapped(self._places, room, -1)
+            means = [self._mapped(a, room // MEAN_OF, 0) for a in self._means]
         except OSError as error:
             raise CacheStateError(
                 f"archive {self.directory.path}: cannot be written ({error.strerror}). "
                 "Make room on the disk, or archive in memory."
             ) from error
+        self._places, self._means = places, means
+
+    def _mapped(self, old: np.ndarray, length: int, fill: int) -> np.ndarray:
+        """The same array, longer, in a file. Raises OSError."""
+        new = np.full((*old.shape[:2], length, *old.shape[3:]), fill, old.dtype)
+        new[:, :, : old.shape[2]] = old
+        # Written before it is mapped: a page that a full disk has no room for would
+        # end the process.
+        with self.directory.nameless(self.name) as file:
+            file.write(new.tobytes())
+            file.flush()
+            return np.memmap(file, new.dtype, "r+", shape=new.shape)
 
     def _take(self, numbers: np.ndarray, *parts: str) -> list[Any]:
         """Keys or values of rows by number [B, n_kv_heads, n]; any for those gone."""
@@ -328,5 +370,5 @@ class DiskArchive:
             )
         disk.truncate(written)
         for rows in self.given:
-            disk.append(rows, self.seen)
+            disk.append(self.storage, rows, self.seen)
         return replace(self, given=(), cuts=len(disk.cuts))
