@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -468,7 +469,9 @@ def test_a_disk_that_takes_no_more_ends_it_or_is_done_without(
 
 def test_a_limit_on_disk_is_kept_and_the_oldest_go(tmp_path):
     arrays = random_layer(3, 4, 2)
-    cache = on_disk(new_cache("streaming"), tmp_path / "a", limit=128 * 150)
+    # Of some four neighbours one goes and the others stay.
+    new = new_cache("streaming", n_sinks=3)
+    cache = on_disk(new, tmp_path / "a", limit=128 * 150)
     feed(cache, arrays, [LENGTH - 30])
     disk = cache.slots.recall.archive.disk
     assert disk.nbytes < 128 * 150 * 1.6
@@ -507,6 +510,25 @@ def test_in_a_model_chunks_do_not_matter(model, policy):
     assert np.abs(logits[1] - logits[300]).max() < 2e-3
     without = make_prompt_cache(model, 60 - 32, policy=policy)
     assert np.abs(tiny.feed(model, tokens, without, 77) - logits[77]).max() > 0.01
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_another_thread_goes_on_where_the_state_was_evaluated(model, loaded, tmp_path):
+    caches = make_prompt_cache(model, 60, recall=32)
+    # Rows have just gone to the archive.
+    tiny.feed(model, tiny.tokens(256), caches, 64)
+    mx.eval([cache.state for cache in caches])
+    twins = copy.deepcopy(caches)
+    if loaded:
+        path = save_prompt_cache(tmp_path / "prompt", caches)
+        twins, _ = load_prompt_cache(path)
+
+    def go_on(caches):
+        return np.array(tiny.feed(model, tiny.tokens(20), caches, 1))
+
+    with ThreadPoolExecutor(1) as other:
+        got = other.submit(go_on, twins).result()
+    assert np.array_equal(got, go_on(caches))
 
 
 @pytest.mark.parametrize("kv_bits", [None, 8])

@@ -259,6 +259,12 @@ _ARCHIVE = [
         _BACK,
     ),
     (
+        "means are not evaluated with the state",
+        "there = after(self.there, list(arrays_of(means)))",
+        "there = self.there",
+        ("test_recall.py::test_another_thread_goes_on_where_the_state_was_evaluated",),
+    ),
+    (
         "means on disk of rows that were cut off stay",
         "self._places[gone] = -1\n        self._write_means(np.nonzero(gone)[2])\n",
         "self._places[gone] = -1\n",

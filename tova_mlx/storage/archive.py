@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from .entries import (
     Entries,
+    after,
     arrays_of,
     dequantized,
     each,
@@ -143,7 +144,9 @@ class Archive:
             if means is None:
                 means = pad(each(lambda a: a[:, :, :0], new), 0, n)
             means = write(means, new, some)
-        return replace(self, means=means)
+        # They are in no state, so that who evaluates one evaluates them with it.
+        there = after(self.there, list(arrays_of(means)))
+        return replace(self, means=means, there=there)
 
     @property
     def n_kv_heads(self) -> int:
