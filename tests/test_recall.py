@@ -36,7 +36,7 @@ from tova_mlx.caches.options import CacheOptions
 from tova_mlx.errors import CacheStateError, OptionError, UnsupportedModelError
 from tova_mlx.storage import disk_archive
 from tova_mlx.storage.archive import Archive, Rows
-from tova_mlx.storage.disk_archive import Disk
+from tova_mlx.storage.disk_archive import Disk, DiskArchive
 from tova_mlx.storage.formats import PLAIN
 from tova_mlx.storage.log_directory import LogDirectory
 
@@ -370,8 +370,11 @@ def test_an_archive_on_disk_gives_what_one_in_memory_gives(policy, options, tmp_
         want = feed(here, arrays, [70], start)
         assert np.abs(feed(there, arrays, [70], start) - want).max() < 1e-6
     assert window(here) == window(there)
-    log = list((tmp_path / "a").glob("*.rows"))
-    assert sum(f.stat().st_size for f in log) == there.archive_nbytes > 0
+    log = sum(f.stat().st_size for f in (tmp_path / "a").glob("*.rows"))
+    disk = there.slots.recall.archive.disk
+    # Of each of 1,024 positions a place and, in float32, a quarter of a mean.
+    unnamed = 1024 * 4 * (disk._places.shape[1] + 2 * 10 // 4)
+    assert there.archive_nbytes == log + unnamed > unnamed
 
 
 @pytest.mark.parametrize("back", [1, 8, 16])
@@ -467,17 +470,35 @@ def test_a_disk_that_takes_no_more_ends_it_or_is_done_without(
         assert_same(snapshot(alone), snapshot(cache))
 
 
-def test_a_limit_on_disk_is_kept_and_the_oldest_go(tmp_path):
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [
+        # Of some four neighbours one goes and the others stay.
+        ("streaming", {"n_sinks": 3}),
+        # Tokens are evicted in another order than they came in.
+        ("tova", {}),
+        ("fade", {"granularity": "head"}),
+    ],
+)
+def test_a_limit_on_disk_is_kept_and_the_oldest_go(
+    policy, options, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(disk_archive, "ROOM", 64)
     arrays = random_layer(3, 4, 2)
-    # Of some four neighbours one goes and the others stay.
-    new = new_cache("streaming", n_sinks=3)
-    cache = on_disk(new, tmp_path / "a", limit=128 * 150)
+    limit = 128 * 150
+    cache = on_disk(new_cache(policy, **options), tmp_path / "a", limit=limit)
     feed(cache, arrays, [LENGTH - 30])
     disk = cache.slots.recall.archive.disk
-    assert disk.nbytes < 128 * 150 * 1.6
-    oldest = disk.rows().positions.min().item()
-    assert oldest > 4
-    assert all(p >= oldest for head in window(cache) for p in head)
+    # All but what there is of every position, seen or soon to be.
+    index = 4 * disk.room * (disk._places.shape[1] + 2 * 10 // 4)
+    assert 0 < disk.nbytes - index < 1.1 * limit
+    assert disk.room <= 1.25 * (LENGTH - disk.start) + 64
+    found = set(disk.rows().positions.flatten().tolist())
+    assert len(found) < cache.archived
+    assert {p for head in window(cache) for p in head} <= found
+    if policy == "streaming":
+        # Nor is there room for those that had gone when it was made.
+        assert 0 < disk.start <= min(found)
     path = save_prompt_cache(tmp_path / "prompt", [cache])
     (loaded,), _ = load_prompt_cache(path)
     assert loaded.slots.recall.archive.lost > 0
@@ -706,3 +727,28 @@ def test_an_archive_is_read_in_tiles_as_in_one(monkeypatch, length):
         output = weights @ seen / weights.sum()
         assert np.abs(np.array(got.output[0, head, step]) - output).max() < 1e-4
         assert abs(got.lse[0, head, step].item() - np.log(weights.sum())) < 1e-4
+
+
+def test_places_on_disk_move_up_with_the_rows_and_down_again(monkeypatch, tmp_path):
+    monkeypatch.setattr(disk_archive, "ROOM", 64)
+    rng = np.random.default_rng(7)
+    # There is room for some; one of an early token comes late.
+    disk = Disk(LogDirectory(tmp_path / "a"), "layer", limit=128 * 644)
+    archive, moves = DiskArchive(PLAIN, disk), []
+    order = [*range(20, 500), 3, *range(500, 560)]
+    for start in range(0, len(order), 30):
+        positions = np.array(order[start : start + 30], np.int32)
+        some = rng.normal(size=(2, 1, 1, len(positions), 64)).astype(np.float32)
+        rows = Rows(*map(mx.array, some), mx.array(positions)[None, None])
+        archive = archive.add(rows, int(positions.max()) + 1).synced()
+        moves.append(disk.start)
+    assert 0 in moves[: moves.index(max(moves))] and moves[-1] == 0 < max(moves)
+    kept = disk.rows()
+    positions = kept.positions.flatten().tolist()
+    assert 3 in positions and positions[0] > 300
+    queries = mx.array(rng.normal(size=(1, 2, 5, 64)).astype(np.float32) / 4)
+    want, read = recalled.recall(queries, Archive(PLAIN).add(kept, 560), 32)
+    got, also = recalled.recall(queries, archive, 32)
+    assert np.array_equal(read, also)
+    for a, b in zip(got, want, strict=True):
+        assert np.abs(np.array(a) - np.array(b)).max() < 1e-5

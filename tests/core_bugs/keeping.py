@@ -105,6 +105,7 @@ _WATCH = (
 )
 _BACK = ("test_recall.py::test_taking_tokens_back_takes_back_what_was_recalled",)
 _TWICE = ("test_recall.py::test_tokens_are_taken_back_over_several_flushes",)
+_MOVE = ("test_recall.py::test_places_on_disk_move_up_with_the_rows_and_down_again",)
 _READ = (
     "test_recall.py::test_an_archive_is_read_in_tiles_as_in_one",
     "test_recall.py::test_it_is_token_by_token_whatever_the_chunks",
@@ -265,13 +266,31 @@ _ARCHIVE = [
         ("test_recall.py::test_another_thread_goes_on_where_the_state_was_evaluated",),
     ),
     (
+        "a row below the others has no place",
+        "if self.start <= lowest and seen <= self.start + self.room:",
+        "if seen <= self.start + self.room:",
+        _MOVE,
+    ),
+    (
+        "places of rows that have gone stay",
+        "held = (self._places >= self._log.first).any(axis=(0, 1))",
+        "held = (self._places >= 0).any(axis=(0, 1))",
+        ("test_recall.py::test_a_limit_on_disk_is_kept_and_the_oldest_go",),
+    ),
+    (
+        "places are moved by too much",
+        "shift = (self.start - start) // each",
+        "shift = (self.start - start) // each - 1",
+        _MOVE,
+    ),
+    (
         "means on disk of rows that were cut off stay",
-        "self._places[gone] = -1\n        self._write_means(np.nonzero(gone)[2])\n",
+        "self._places[gone] = -1\n        self._write_means(self.start + np.nonzero(gone)[2])\n",
         "self._places[gone] = -1\n",
     ),
     (
         "means on disk of rows that are over the limit stay",
-        "            self._write_means(np.nonzero(gone)[2])\n\n",
+        "            self._write_means(self.start + np.nonzero(gone)[2])\n\n",
         "\n",
         ("test_recall.py::test_a_limit_on_disk_is_kept_and_the_oldest_go",),
     ),

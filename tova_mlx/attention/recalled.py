@@ -71,7 +71,7 @@ def recall(
     blocks = mx.sort(
         mx.argpartition(-best, n // RECALL_BLOCK - 1)[..., : n // RECALL_BLOCK]
     )
-    columns = rows_of(blocks, RECALL_BLOCK)
+    columns = archive.start + rows_of(blocks, RECALL_BLOCK)
     chosen = mx.zeros(best.shape, mx.bool_)
     chosen = mx.put_along_axis(chosen, blocks, mx.array(True), axis=-1)
     top = functools.reduce(mx.maximum, (one.top for one in seen))

@@ -153,8 +153,13 @@ class Archive:
         return self.keys.shape[1]
 
     @property
+    def start(self) -> int:
+        """Below it no position has a row; a multiple of 16."""
+        return 0
+
+    @property
     def room(self) -> int:
-        """Positions for which there is room, C: a multiple of 16."""
+        """Positions from `start` on for which there is room, C: a multiple of 16."""
         return 0 if self.there is None else self.there.shape[2]
 
     def tiles(self) -> Iterator[Tile]:

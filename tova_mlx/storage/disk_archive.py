@@ -58,6 +58,8 @@ class Disk:
         self.cuts: list[int] = []
         self._log: RowLog | None = None
         self._storage, self._like = PLAIN, {}
+        # Below it no position has a row.
+        self.start = 0
 
     def __deepcopy__(self, memo: Any) -> Disk:
         return self
@@ -70,7 +72,9 @@ class Disk:
 
     @property
     def nbytes(self) -> int:
-        return 0 if self._log is None else self._log.nbytes
+        if self._log is None:
+            return 0
+        return self._log.nbytes + sum(a.nbytes for a in (self._places, *self._means))
 
     def append(self, storage: Storage, rows: Rows, seen: int) -> None:
         """Write rows, which are in these formats. Raises CacheStateError."""
@@ -85,7 +89,7 @@ class Disk:
         }
         if not self.failed:
             try:
-                self._make_room(seen)
+                self._make_room(parts["positions"], seen)
                 self._log.append(parts)
             except CacheStateError as error:
                 if not self.forgets:
@@ -97,11 +101,11 @@ class Disk:
             positions = np.moveaxis(parts["positions"][:written], 0, 2)
             numbers = np.arange(first, first + written, dtype=np.int32)
             numbers = np.broadcast_to(numbers, positions.shape)
-            np.put_along_axis(self._places, positions, numbers, axis=2)
+            np.put_along_axis(self._places, positions - self.start, numbers, axis=2)
             self._write_means(positions)
         if self._log.first > oldest:
             gone = (self._places >= oldest) & (self._places < self._log.first)
-            self._write_means(np.nonzero(gone)[2])
+            self._write_means(self.start + np.nonzero(gone)[2])
 
     def truncate(self, count: int) -> None:
         """Forget rows from `count` on."""
@@ -116,11 +120,11 @@ class Disk:
         self._log.truncate(kept)
         gone = self._places >= kept
         self._places[gone] = -1
-        self._write_means(np.nonzero(gone)[2])
+        self._write_means(self.start + np.nonzero(gone)[2])
 
     @property
     def room(self) -> int:
-        """Positions for which there is room, rows or not."""
+        """Positions from `start` on for which there is room, rows or not."""
         return self._places.shape[2]
 
     @property
@@ -158,15 +162,16 @@ class Disk:
         return mx.where(to_mlx(numbers >= self._log.first), columns, -1)
 
     def _all(self, start: int, stop: int) -> np.ndarray:
-        """Positions from start to stop [B, n_kv_heads, ·]."""
-        return np.broadcast_to(np.arange(start, stop), (*self._shape, stop - start))
+        """Those positions from `self.start` on [B, n_kv_heads, ·]."""
+        some = self.start + np.arange(start, stop)
+        return np.broadcast_to(some, (*self._shape, stop - start))
 
     def _numbers(self, columns: np.ndarray) -> np.ndarray:
         """Numbers of the rows at positions [B, n_kv_heads, n]."""
         places = np.broadcast_to(
             self._places, (*columns.shape[:2], self._places.shape[2])
         )
-        return np.take_along_axis(places, columns, axis=2)
+        return np.take_along_axis(places, columns - self.start, axis=2)
 
     def rows(self) -> Rows:
         """Return all rows that are there, in order of eviction."""
@@ -193,7 +198,7 @@ class Disk:
             there = to_mlx(numbers >= self._log.first)
             means = means_of(self._storage, values, there)
             for array, new in zip(self._means, arrays_of(means), strict=True):
-                array[:, :, groups] = np.array(new)
+                array[:, :, groups - self.start // MEAN_OF] = np.array(new)
 
     def _begin(self, storage: Storage, rows: Rows) -> None:
         arrays = _named(rows.keys, rows.values)
@@ -204,7 +209,12 @@ class Disk:
         }
         choosers = rows.positions.shape[1]
         parts["positions"] = (np.dtype(np.int32), (batch, choosers))
-        per_row = sum(np.dtype(t).itemsize * int(np.prod(s)) for t, s in parts.values())
+        sizes = {
+            n: np.dtype(t).itemsize * int(np.prod(s)) for n, (t, s) in parts.items()
+        }
+        values = sum(size for name, size in sizes.items() if name.startswith("values"))
+        # With its place, which takes what its position does, and its part of a mean.
+        per_row = sum(sizes.values()) + sizes["positions"] + values // MEAN_OF
         limit_rows = None if self.limit is None else max(1, self.limit // per_row)
         entries = {"keys": rows.keys, "values": rows.values}
         self._like = {n: each(lambda a: a[:, :, :0], e) for n, e in entries.items()}
@@ -213,26 +223,46 @@ class Disk:
         self._places = np.zeros((batch, choosers, 0), np.int32)
         self._means = [np.array(a) for a in arrays_of(self._like["values"])]
 
-    def _make_room(self, seen: int) -> None:
-        """Have places for positions below `seen`, in a file that nobody else sees."""
-        there = self._places.shape[2]
-        if seen <= there:
+    def _make_room(self, positions: np.ndarray, seen: int) -> None:
+        """Have places for these positions and all others up to `seen`.
+
+        They are in files that nobody else sees. Where the oldest rows have gone, so
+        have their places.
+        """
+        assert self._log is not None
+        lowest = int(positions.min())
+        if self.start <= lowest and seen <= self.start + self.room:
             return
-        room = -(-max(seen, there + there // 4) // ROOM) * ROOM
+        held = (self._places >= self._log.first).any(axis=(0, 1))
+        if held.any():
+            lowest = min(lowest, self.start + int(held.argmax()))
+        start = lowest // ROOM * ROOM
+        # A quarter more than that, so that all that is copied is a few times the whole.
+        room = -(-5 * (seen - start) // (4 * ROOM)) * ROOM
         try:
-            places = self._mapped(self._places, room, -1)
-            means = [self._mapped(a, room // MEAN_OF, 0) for a in self._means]
+            places = self._mapped(self._places, 1, start, room, -1)
+            means = [self._mapped(a, MEAN_OF, start, room, 0) for a in self._means]
         except OSError as error:
             raise CacheStateError(
                 f"archive {self.directory.path}: cannot be written ({error.strerror}). "
                 "Make room on the disk, or archive in memory."
             ) from error
-        self._places, self._means = places, means
+        self._places, self._means, self.start = places, means, start
 
-    def _mapped(self, old: np.ndarray, length: int, fill: int) -> np.ndarray:
-        """The same array, longer, in a file. Raises OSError."""
-        new = np.full((*old.shape[:2], length, *old.shape[3:]), fill, old.dtype)
-        new[:, :, : old.shape[2]] = old
+    def _mapped(
+        self, old: np.ndarray, each: int, start: int, room: int, fill: int
+    ) -> np.ndarray:
+        """The array of other positions, in a file. Raises OSError.
+
+        each: for how many positions a number is.
+        """
+        shape = (*old.shape[:2], room // each, *old.shape[3:])
+        new = np.full(shape, fill, old.dtype)
+        shift = (self.start - start) // each
+        # What is left over on either side has no rows.
+        there, here = new[:, :, max(0, shift) :], old[:, :, max(0, -shift) :]
+        n = min(there.shape[2], here.shape[2])
+        there[:, :, :n] = here[:, :, :n]
         # Written before it is mapped: a page that a full disk has no room for would
         # end the process.
         with self.directory.nameless(self.name) as file:
@@ -314,6 +344,10 @@ class DiskArchive:
         count = self.count - rows.length
         given = self.given[:-1] if self.given else ()
         return replace(self, count=count, given=given)
+
+    @property
+    def start(self) -> int:
+        return self.disk.start
 
     @property
     def room(self) -> int:
