@@ -285,8 +285,8 @@ _ARCHIVE = [
     ),
     (
         "means on disk of rows that were cut off stay",
-        "self._places[gone] = -1\n        self._write_means(self.start + np.nonzero(gone)[2])\n",
-        "self._places[gone] = -1\n",
+        "self._places[gone] = -1\n        self._write_means(",
+        "self._places[gone] = -1\n        len(",
     ),
     (
         "means on disk of rows that are over the limit stay",
