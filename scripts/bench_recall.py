@@ -96,16 +96,23 @@ def costs(tokens: int, place: Path) -> list[dict[str, Any]]:
             row[f"ms_a_token_decoded_{name}"] = milliseconds(archive, 1, 9)
             row[f"ms_a_token_read_{name}"] = milliseconds(archive, PART, 3)
             row[f"bytes_a_token_{name}"] = archive.nbytes / length
+        row["predicted_bytes_a_token_disk"] = predicted(length, archives["disk"].room)
         rows.append(row)
         print(row, flush=True)
     return rows
 
 
-def predicted() -> int:
-    """Bytes of a token in a log: keys of 6 bits, values of 4, scales, its position."""
+def predicted(tokens: int, room: int) -> float:
+    """Bytes of a token on disk.
+
+    In a log: keys of 6 bits, values of 4, scales, its position. For each position that
+    there is room for: its place, a quarter of the mean of 4 values.
+    """
     numbers = N_KV_HEADS * WIDTH
     scales = 2 * 2 * N_KV_HEADS * (WIDTH // 64)
-    return numbers * 6 // 8 + numbers * 4 // 8 + 2 * scales + 4
+    values = numbers * 4 // 8 + scales
+    logged = numbers * 6 // 8 + scales + values + 4
+    return logged + room * (4 + values / 4) / tokens
 
 
 def main() -> None:
@@ -119,7 +126,6 @@ def main() -> None:
             **provenance(),
             "layers": LAYERS,
             "recall": SLOTS,
-            "predicted_bytes_a_token": predicted(),
             "costs": costs(args.tokens, Path(place)),
             "constant": constant(args.tokens, Path(place)),
         }
