@@ -209,8 +209,16 @@ class Checks:
         sinks = learned(self.setup.heads) if self.setup.sinks else None
         rule, once = cache.rule.as_dict(), self.setup.prefill == "once"
         turns = (self.setup.period, self.setup.rotate) if self.setup.period else None
-        back = (self.setup.recall, self.setup.archived) if self.setup.recall else None
+        back = None
+        if self.setup.recall:
+            back = (self.setup.recall, self.setup.archived, self.mean)
         return Layer(rule, *self.setup.heads, SCALE, sinks, once, turns, back)
+
+    def mean(self, values):
+        """Of some values of an archive, in its format; in float32, or codes may flip."""
+        rows = [v.astype(np.float32) for v in values]
+        mean = sum(rows[1:], rows[0]) / np.float32(len(rows))
+        return stored(mean[None], storage_for(self.setup.kv_bits, 32).values)[0]
 
     def uids(self, n):
         self.next_uid += n

@@ -54,7 +54,8 @@ class Layer:
         rotation=None,
         recall=None,
     ):
-        # (slots, tokens after which evicted ones can come back), or None.
+        # (slots, tokens after which evicted ones can come back, the mean of some values
+        # as it is kept), or None.
         self.recall = recall
         # With rotation (period, function of a vector and an angle's position): keys and
         # queries are told unrotated.
@@ -193,7 +194,7 @@ class Layer:
 
     def _recall(self, c, query, places, bias, uid, out, step, forced):
         """Attend to what was evicted too; nothing of it is scored."""
-        slots, period = self.recall
+        slots, period, _ = self.recall
         now = len(self.tokens) - 1
         last_cut = now // period * period
         blocks = {}
@@ -223,7 +224,10 @@ class Layer:
                 out[h] = self._over(h, kv, query[h], parts, bias, uid)
 
     def _over(self, h, kv, query, parts, bias, uid):
-        """The output of a head: what came back weighs as in the full cache."""
+        """The output of a head, as in the full cache but for values not read.
+
+        Those of archived tokens that do not come back are their fours' means.
+        """
         places, back, rest = parts
         every = [*places, *back, *rest]
         logits = np.array([self.tokens[p].key[kv] @ query * self.scale for p in every])
@@ -232,13 +236,11 @@ class Layer:
         top = max([*logits, *sink])
         e = np.exp(logits - top)
         extra = sum(np.exp(s - top) for s in sink)
-        n, m = len(places), len(back)
-        share = e[n : n + m].sum() / (e.sum() + extra)
-        values = [np.array([self.tokens[p].value[kv] for p in ps]) for ps in parts[:2]]
-        own = e[:n] @ values[0] / (e[:n].sum() + extra)
-        if not m:
-            return own
-        return own * (1 - share) + e[n : n + m] @ values[1] / (e.sum() + extra)
+        values = [self.tokens[p].value[kv] for p in [*places, *back]]
+        for p in rest:
+            four = [self.tokens[q].value[kv] for q in rest if q // 4 == p // 4]
+            values.append(self.recall[2](four))
+        return e @ np.array(values) / (e.sum() + extra)
 
     def _unlikeness(self, c, held, free):
         """Minus the mean cosine to the mean unit key, over the chooser's KV heads."""

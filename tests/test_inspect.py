@@ -129,7 +129,7 @@ def test_what_comes_back_is_what_caches_recall_at_each_token(wide, granularity):
     assert record.max_kv_size == size
     check_held(record, held)
     for layer, other in zip(record.layers, chunked.layers, strict=True):
-        assert np.mean(layer.evicted == other.evicted) > 0.9
+        assert np.mean(layer.evicted == other.evicted) > 0.8
         assert np.mean(layer.recalled.times == other.recalled.times) > 0.8
     for i, layer in enumerate(record.layers):
         got = layer.recalled
