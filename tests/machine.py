@@ -215,7 +215,7 @@ class Checks:
         return Layer(rule, *self.setup.heads, SCALE, sinks, once, turns, back)
 
     def mean(self, values):
-        """Of some values of an archive, in its format; in float32, or codes may flip."""
+        """Of an archive's values, in its format; in float32, or codes may flip."""
         rows = [v.astype(np.float32) for v in values]
         mean = sum(rows[1:], rows[0]) / np.float32(len(rows))
         return stored(mean[None], storage_for(self.setup.kv_bits, 32).values)[0]
