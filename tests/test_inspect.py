@@ -113,13 +113,17 @@ def test_what_is_held_is_what_caches_hold_after_each_token(
 
 
 @pytest.mark.parametrize("granularity", ["layer", "head"])
-def test_what_comes_back_is_what_caches_recall_at_each_token(wide, granularity):
+def test_what_comes_back_is_what_caches_recall_at_each_token(
+    wide, granularity, monkeypatch
+):
+    # Rows are archived as they come: in chunks a code may be another one by rounding.
+    monkeypatch.setattr("tova_mlx.caches.options._ARCHIVED", None)
     n, size = 330, 48
     ids = tiny.tokens(n)[0].tolist()
     options = {"policy": "tova", "recall": 16, "granularity": granularity}
     held, back = held_by_caches(wide, ids, size, **options)
     # Token by token, as those caches: a block that two queries attend to nearly alike
-    # may be another one in chunks, by rounding alone, and so may a code of the archive.
+    # may be another one in chunks, by rounding alone.
     (record,) = inspect(
         wide, Words(), ids, size, prefill_step_size=1, **options
     ).records
@@ -129,8 +133,8 @@ def test_what_comes_back_is_what_caches_recall_at_each_token(wide, granularity):
     assert record.max_kv_size == size
     check_held(record, held)
     for layer, other in zip(record.layers, chunked.layers, strict=True):
-        assert np.mean(layer.evicted == other.evicted) > 0.8
-        assert np.mean(layer.recalled.times == other.recalled.times) > 0.7
+        assert np.mean(layer.evicted == other.evicted) > 0.9
+        assert np.mean(layer.recalled.times == other.recalled.times) > 0.8
     for i, layer in enumerate(record.layers):
         got = layer.recalled
         times = np.zeros(n, int)
