@@ -1,9 +1,8 @@
 """Rows that a layer evicted, to be brought back: on disk.
 
-Rows are appended to a log in the order in which they were evicted; where each
-position's row is, and the means of values, are in files that nobody else sees.
-What an archive is given waits in memory until it is asked for rows, so that nothing
-waits for the device but that.
+Rows are appended to a log in the order in which they were evicted; an index knows where
+each position's row is. What an archive is given waits in memory until it is asked for
+rows, so that nothing waits for the device but that.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import numpy as np
 from ..errors import CacheStateError
 from .archive import (
     MEAN_OF,
-    ROOM,
     TILE,
     Archive,
     Rows,
@@ -28,6 +26,7 @@ from .archive import (
     stored_as,
     tiles,
 )
+from .disk_index import DiskIndex
 from .entries import Entries, arrays_of, each, pad, to_mlx, with_arrays
 from .formats import PLAIN, Storage
 from .log_directory import LogDirectory
@@ -58,8 +57,6 @@ class Disk:
         self.cuts: list[int] = []
         self._log: RowLog | None = None
         self._storage, self._like = PLAIN, {}
-        # Below it no position has a row.
-        self.start = 0
 
     def __deepcopy__(self, memo: Any) -> Disk:
         return self
@@ -72,9 +69,7 @@ class Disk:
 
     @property
     def nbytes(self) -> int:
-        if self._log is None:
-            return 0
-        return self._log.nbytes + sum(a.nbytes for a in (self._places, *self._means))
+        return 0 if self._log is None else self._log.nbytes + self.index.nbytes
 
     def append(self, storage: Storage, rows: Rows, seen: int) -> None:
         """Write rows, which are in these formats. Raises CacheStateError."""
@@ -89,7 +84,7 @@ class Disk:
         }
         if not self.failed:
             try:
-                self._make_room(parts["positions"], seen)
+                self.index.make_room(parts["positions"], seen, oldest)
                 self._log.append(parts)
             except CacheStateError as error:
                 if not self.forgets:
@@ -99,13 +94,10 @@ class Disk:
         self.lost_after += n - written
         if written:
             positions = np.moveaxis(parts["positions"][:written], 0, 2)
-            numbers = np.arange(first, first + written, dtype=np.int32)
-            numbers = np.broadcast_to(numbers, positions.shape)
-            np.put_along_axis(self._places, positions - self.start, numbers, axis=2)
+            self.index.put(positions, first)
             self._write_means(positions)
         if self._log.first > oldest:
-            gone = (self._places >= oldest) & (self._places < self._log.first)
-            self._write_means(self.start + np.nonzero(gone)[2])
+            self._write_means(self.index.between(oldest, self._log.first))
 
     def truncate(self, count: int) -> None:
         """Forget rows from `count` on."""
@@ -118,14 +110,7 @@ class Disk:
         kept = min(count - self.lost_before, self._log.count)
         self.lost_after = count - self.lost_before - kept
         self._log.truncate(kept)
-        gone = self._places >= kept
-        self._places[gone] = -1
-        self._write_means(self.start + np.nonzero(gone)[2])
-
-    @property
-    def room(self) -> int:
-        """Positions from `start` on for which there is room, rows or not."""
-        return self._places.shape[2]
+        self._write_means(self.index.cut(kept))
 
     @property
     def n_kv_heads(self) -> int:
@@ -134,27 +119,27 @@ class Disk:
     def tiles(self) -> Iterator[Tile]:
         """As `Archive.tiles`."""
         assert self._log is not None
-        for start, stop in tiles(self.room):
-            there = np.asarray(self._places[..., start:stop]) >= self._log.first
-            (keys,) = self._take(self._numbers(self._all(start, stop)), "keys")
+        for start, stop in tiles(self.index.room):
+            there = np.asarray(self.index.places[..., start:stop]) >= self._log.first
+            (keys,) = self._take(self.index.numbers(self._all(start, stop)), "keys")
             few = slice(start // MEAN_OF, stop // MEAN_OF)
-            means = [to_mlx(np.asarray(a[:, :, few])) for a in self._means]
+            means = [to_mlx(np.asarray(a[:, :, few])) for a in self.index.means]
             yield Tile(keys, to_mlx(there), with_arrays(self._like["values"], means))
 
     def values_of_tiles(self) -> Iterator[Entries]:
         """As `Archive.values_of_tiles`."""
-        for start, stop in tiles(self.room):
-            yield self._take(self._numbers(self._all(start, stop)), "values")[0]
+        for start, stop in tiles(self.index.room):
+            yield self._take(self.index.numbers(self._all(start, stop)), "values")[0]
 
     def take(self, columns: mx.array) -> Rows:
         """As `Archive.take`."""
-        numbers = self._numbers(np.array(columns))
+        numbers = self.index.numbers(np.array(columns))
         keys, values = self._take(numbers, "keys", "values")
         return Rows(keys, values, self._there(numbers, columns))
 
     def positions(self, columns: mx.array) -> mx.array:
         """As `Archive.positions`."""
-        return self._there(self._numbers(np.array(columns)), columns)
+        return self._there(self.index.numbers(np.array(columns)), columns)
 
     def _there(self, numbers: np.ndarray, columns: mx.array) -> mx.array:
         """Columns themselves, -1 where the row of that number is gone or none is."""
@@ -162,16 +147,9 @@ class Disk:
         return mx.where(to_mlx(numbers >= self._log.first), columns, -1)
 
     def _all(self, start: int, stop: int) -> np.ndarray:
-        """Those positions from `self.start` on [B, n_kv_heads, ·]."""
-        some = self.start + np.arange(start, stop)
+        """Those positions from the index's start on [B, n_kv_heads, ·]."""
+        some = self.index.start + np.arange(start, stop)
         return np.broadcast_to(some, (*self._shape, stop - start))
-
-    def _numbers(self, columns: np.ndarray) -> np.ndarray:
-        """Numbers of the rows at positions [B, n_kv_heads, n]."""
-        places = np.broadcast_to(
-            self._places, (*columns.shape[:2], self._places.shape[2])
-        )
-        return np.take_along_axis(places, columns - self.start, axis=2)
 
     def rows(self) -> Rows:
         """Return all rows that are there, in order of eviction."""
@@ -191,14 +169,14 @@ class Disk:
         for start in range(0, len(changed), TILE):
             groups = changed[start : start + TILE]
             columns = np.array(rows_of(to_mlx(groups), MEAN_OF))
-            numbers = self._numbers(
+            numbers = self.index.numbers(
                 np.broadcast_to(columns, (*self._shape, len(columns)))
             )
             (values,) = self._take(numbers, "values")
             there = to_mlx(numbers >= self._log.first)
             means = means_of(self._storage, values, there)
-            for array, new in zip(self._means, arrays_of(means), strict=True):
-                array[:, :, groups - self.start // MEAN_OF] = np.array(new)
+            for array, new in zip(self.index.means, arrays_of(means), strict=True):
+                array[:, :, groups - self.index.start // MEAN_OF] = np.array(new)
 
     def _begin(self, storage: Storage, rows: Rows) -> None:
         arrays = _named(rows.keys, rows.values)
@@ -220,55 +198,8 @@ class Disk:
         self._like = {n: each(lambda a: a[:, :, :0], e) for n, e in entries.items()}
         self._log = self.directory.log(self.name, parts, limit_rows)
         self._storage, self._shape = storage, (batch, heads)
-        self._places = np.zeros((batch, choosers, 0), np.int32)
-        self._means = [np.array(a) for a in arrays_of(self._like["values"])]
-
-    def _make_room(self, positions: np.ndarray, seen: int) -> None:
-        """Have places for these positions and all others up to `seen`.
-
-        They are in files that nobody else sees. Where the oldest rows have gone, so
-        have their places.
-        """
-        assert self._log is not None
-        lowest = int(positions.min())
-        if self.start <= lowest and seen <= self.start + self.room:
-            return
-        held = (self._places >= self._log.first).any(axis=(0, 1))
-        if held.any():
-            lowest = min(lowest, self.start + int(held.argmax()))
-        start = lowest // ROOM * ROOM
-        # A quarter more than that, so that all that is copied is a few times the whole.
-        room = -(-5 * (seen - start) // (4 * ROOM)) * ROOM
-        try:
-            places = self._mapped(self._places, 1, start, room, -1)
-            means = [self._mapped(a, MEAN_OF, start, room, 0) for a in self._means]
-        except OSError as error:
-            raise CacheStateError(
-                f"archive {self.directory.path}: cannot be written ({error.strerror}). "
-                "Make room on the disk, or archive in memory."
-            ) from error
-        self._places, self._means, self.start = places, means, start
-
-    def _mapped(
-        self, old: np.ndarray, each: int, start: int, room: int, fill: int
-    ) -> np.ndarray:
-        """The array of other positions, in a file. Raises OSError.
-
-        each: for how many positions a number is.
-        """
-        shape = (*old.shape[:2], room // each, *old.shape[3:])
-        new = np.full(shape, fill, old.dtype)
-        shift = (self.start - start) // each
-        # What is left over on either side has no rows.
-        there, here = new[:, :, max(0, shift) :], old[:, :, max(0, -shift) :]
-        n = min(there.shape[2], here.shape[2])
-        there[:, :, :n] = here[:, :, :n]
-        # Written before it is mapped: a page that a full disk has no room for would
-        # end the process.
-        with self.directory.nameless(self.name) as file:
-            file.write(new.tobytes())
-            file.flush()
-            return np.memmap(file, new.dtype, "r+", shape=new.shape)
+        means = [np.array(a) for a in arrays_of(self._like["values"])]
+        self.index = DiskIndex(self.directory, self.name, (batch, choosers), means)
 
     def _take(self, numbers: np.ndarray, *parts: str) -> list[Any]:
         """Keys or values of rows by number [B, n_kv_heads, n]; any for those gone."""
@@ -347,11 +278,11 @@ class DiskArchive:
 
     @property
     def start(self) -> int:
-        return self.disk.start
+        return self.disk.index.start
 
     @property
     def room(self) -> int:
-        return self.disk.room
+        return self.disk.index.room
 
     @property
     def n_kv_heads(self) -> int:
