@@ -116,7 +116,7 @@ class Adoption:
     def __init__(self, world: World, cache: PolicyKVCache, row: int):
         self.setup, self.slots, self.row = world.setup, cache.slots, row
         self.oracle, self.tokens = world.oracle(), {}
-        self._rules(cache)
+        self._rules(world, cache)
         self.oracle.tokens = Sparse(cache.seen, self.tokens)
         none: list[list[Held]] = [[] for _ in self.oracle.choosers]
         self.oracle.held = copy.deepcopy(none)
@@ -125,10 +125,11 @@ class Adoption:
             none = self._rows(cache)
         self.oracle.past = Past(cache, self.oracle, none)
 
-    def _rules(self, cache: PolicyKVCache) -> None:
+    def _rules(self, world: World, cache: PolicyKVCache) -> None:
         oracle, (n_heads, n_kv_heads) = self.oracle, self.setup.heads
         oracle.rule, recall = self.slots.rule.as_dict(), self.slots.recall
-        oracle.recall = (recall.slots, recall.period) if recall else None
+        more = (world.mean, world.setup.share)
+        oracle.recall = (recall.slots, recall.period, *more) if recall else None
         heads = np.arange(n_heads)
         per_head = self.slots.rule.per_head
         oracle.choosers = np.split(heads, n_kv_heads) if per_head else [heads]

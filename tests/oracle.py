@@ -194,7 +194,7 @@ class Layer:
 
     def _recall(self, c, query, places, bias, uid, out, step, forced):
         """Attend to what was evicted too; nothing of it is scored."""
-        slots, period, _ = self.recall
+        slots, period, _, share = self.recall
         now = len(self.tokens) - 1
         last_cut = now // period * period
         blocks = {}
@@ -208,7 +208,9 @@ class Layer:
                 for b, ps in blocks.items()
             }
             ranked = sorted(scores, key=lambda b: -scores[b])
-            best, rest = ranked[: slots // 16], ranked[slots // 16 :]
+            due = -(-sum(map(len, blocks.values())) // (16 * share))
+            n = max(slots // 16, due)
+            best, rest = ranked[:n], ranked[n:]
             near = []
             for one in best:
                 for other in rest:

@@ -64,11 +64,12 @@ def random_layer(seed, n_heads, n_kv_heads, dim=8):
     return queries, keys, values
 
 
-def expected(queries, keys, values, rule):
+def expected(queries, keys, values, rule, share=16):
     """Outputs [n_heads, T, D] and windows {t: sets of positions by KV head}.
 
-    Token by token in float64, with sets of positions and no arrays of windows. What a
-    policy holds does not depend on what is recalled.
+    share: one in so many archived rows is read at least. Token by token in float64,
+    with sets of positions and no arrays of windows. What a policy holds does not depend
+    on what is recalled.
     """
     n_heads, n_kv_heads = len(queries), len(keys)
     group = n_heads // n_kv_heads
@@ -78,14 +79,19 @@ def expected(queries, keys, values, rule):
     outputs = np.zeros((n_heads, LENGTH, values.shape[2]))
     for t in range(LENGTH):
         last_cut = t // 128 * 128
-        windows[t] = now = [
-            chosen(
+        ranked = [
+            by_attention(
                 {p for p, step in rows.items() if step < last_cut - 1},
                 keys[kv],
-                queries[kv * group : (kv + 1) * group, : t + 1],
+                queries[kv * group : (kv + 1) * group, t],
             )
             for kv, rows in enumerate(evicted)
         ]
+        windows[t] = [set().union(*blocks[: SLOTS // 16]) for blocks in ranked]
+        now = []
+        for blocks in ranked:
+            due = -(-sum(map(len, blocks)) // (16 * share))
+            now.append(set().union(*blocks[: max(SLOTS // 16, due)]))
         norm = np.linalg.norm(values[:, t], axis=1)
         token = oracle.Token(t, keys[:, t], values[:, t], norm)
         (step,) = layer.read([queries[:, t]], [token], lambda q, k: 0.0)
@@ -113,15 +119,14 @@ def mean_of_four(position, archived, values):
     return values[[p for p in archived if p // 4 == position // 4]].mean(axis=0)
 
 
-def chosen(archived, keys, queries):
-    """Positions in the blocks that the last queries [G, t, D] attend to most."""
+def by_attention(archived, keys, queries):
+    """Positions by block, those first that the queries [G, D] attend to most."""
     blocks = {}
     for p in sorted(archived):
-        blocks.setdefault(p // 16, []).append(p)
-    asked = queries[:, -1:].reshape(-1, keys.shape[1])
-    scores = {b: (keys[ps] @ asked.T).max() for b, ps in blocks.items()}
-    best = sorted(scores, key=lambda b: -scores[b])[: SLOTS // 16]
-    return {p for b in best for p in blocks[b]}
+        blocks.setdefault(p // 16, set()).add(p)
+    scores = [(keys[sorted(ps)] @ queries.T).max() for ps in blocks.values()]
+    order = np.argsort(scores)[::-1]
+    return [list(blocks.values())[i] for i in order]
 
 
 def feed(cache, arrays, sizes, start=0):
@@ -148,14 +153,18 @@ def window(cache):
 
 
 @pytest.mark.parametrize(
-    ("policy", "options"),
-    [(p, {}) for p in BOUNDED]
-    + [("tova", {"granularity": "head"}), ("fade", {"granularity": "layer"})],
+    ("policy", "options", "share"),
+    [(p, {}, 16) for p in BOUNDED]
+    + [("tova", {"granularity": "head"}, 16), ("fade", {"granularity": "layer"}, 16)]
+    + [("tova", {}, 4), ("fade", {"granularity": "head"}, 5)],
 )
 @pytest.mark.parametrize("heads", [(6, 2), (4, 4)])
-def test_it_is_token_by_token_whatever_the_chunks(policy, options, heads):
+def test_it_is_token_by_token_whatever_the_chunks(
+    policy, options, share, heads, monkeypatch
+):
+    monkeypatch.setattr(recalled, "READ_SHARE", share)
     arrays = random_layer(len(policy), *heads)
-    wanted, windows = expected(*arrays, new_cache(policy, **options).rule)
+    wanted, windows = expected(*arrays, new_cache(policy, **options).rule, share)
     sizes = ([LENGTH], [1] * LENGTH, [100, 1, 27, 128, 1, 1, 40, 122])
     for chunks in sizes:
         cache = new_cache(policy, **options)
@@ -698,7 +707,8 @@ def test_a_directory_that_cannot_be_written_is_refused(model, tmp_path):
 
 
 @pytest.mark.parametrize("length", [1, 70], ids=["rows", "whole"])
-def test_an_archive_is_read_in_tiles_as_in_one(monkeypatch, length):
+@pytest.mark.parametrize("kept", [0, 1 << 20])
+def test_an_archive_is_read_in_tiles_as_in_one(monkeypatch, length, kept):
     rng = np.random.default_rng(5)
     n, room = 16, 1024
     # Unequal tiles: rows here and there, some blocks and a whole tile without any.
@@ -711,6 +721,7 @@ def test_an_archive_is_read_in_tiles_as_in_one(monkeypatch, length):
     assert (length * n >= archive.room) == (length > 1)
     want, columns = recalled.recall(queries, archive, n)
     monkeypatch.setattr("tova_mlx.storage.archive.TILE", 64)
+    monkeypatch.setattr(recalled, "_KEPT", kept)
     got, others = recalled.recall(queries, archive, n)
     assert np.array_equal(columns, others)
     for a, b in zip(got, want, strict=True):
@@ -731,6 +742,8 @@ def test_an_archive_is_read_in_tiles_as_in_one(monkeypatch, length):
 
 def test_places_on_disk_move_up_with_the_rows_and_down_again(monkeypatch, tmp_path):
     monkeypatch.setattr(disk_index, "ROOM", 64)
+    # More are read than the slots say: a share of those that are there.
+    monkeypatch.setattr(recalled, "READ_SHARE", 2)
     rng = np.random.default_rng(7)
     # There is room for some; one of an early token comes late.
     disk = Disk(LogDirectory(tmp_path / "a"), "layer", limit=128 * 644)

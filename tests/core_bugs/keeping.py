@@ -309,6 +309,36 @@ _ARCHIVE = [
         _READ,
     ),
     (
+        "as many rows are read of a long archive as of a short one",
+        "n_read = min(max(shown, share), n_blocks)",
+        "n_read = shown",
+        _READ,
+    ),
+    (
+        "an archive's share to be read is rounded down",
+        "share = -(-archive.held // (READ_SHARE * RECALL_BLOCK))",
+        "share = archive.held // (READ_SHARE * RECALL_BLOCK)",
+        _READ,
+    ),
+    (
+        "what was read most is all that was read",
+        "if shown < n_read:",
+        "if False:",
+        _READ,
+    ),
+    (
+        "rows over a limit count as held",
+        "return self.count - self.disk.lost",
+        "return self.count",
+        ("test_recall.py::test_places_on_disk_move_up_with_the_rows_and_down_again",),
+    ),
+    (
+        "weights computed again are those of the first tile",
+        "weights = _exponentials(_logits(queries, next(again)), tops)",
+        "weights = _exponentials(_logits(queries, next(archive.tiles())), tops)",
+        ("test_recall.py::test_an_archive_is_read_in_tiles_as_in_one",),
+    ),
+    (
         "rows that were cut off a log are still in their places",
         "        self.places[gone] = -1\n",
         "",

@@ -6,7 +6,9 @@ token in it that is asked for, see docs/results.md.
 
 The weights are those of a softmax over the slots and all archived rows, as in the full
 cache. Rows that are not read have the mean value of their 4 neighbours: otherwise the
-few best of thousands, or the slots, would stand for all of them.
+few best of thousands, or the slots, would stand for all of them. How many are read
+grows with the archive: means do no harm for all but 64 of 800 rows, and do for all but
+64 of 8,000.
 """
 
 from __future__ import annotations
@@ -23,6 +25,11 @@ from ..storage.archive import MEAN_OF, Archive, Tile, rows_of
 from ..storage.device import on_gpu
 from ..storage.disk_archive import DiskArchive
 from ..storage.entries import Entries, dequantized, product
+
+# One in so many archived rows is read at least.
+READ_SHARE = 16
+# Weights that are kept between choosing and reading, per head; more are computed twice.
+_KEPT = 1 << 20
 
 
 class Recalled(NamedTuple):
@@ -45,49 +52,66 @@ class Recalled(NamedTuple):
 
 
 def recall(
-    queries: mx.array, archive: Archive | DiskArchive, n: int
+    queries: mx.array, archive: Archive | DiskArchive, slots: int
 ) -> tuple[Recalled, mx.array]:
-    """Attend to an archive, and read the n rows that each query attends to most.
+    """Attend to an archive, and read the rows that each query attends to most.
 
-    queries: [B, n_heads, L, head_dim], scaled; n: a multiple of 16. Those of one token
-    in the heads of a KV head choose together. Returns the positions that each read,
-    too, whether the archive has a row there or not: int32 [B, n_kv_heads, L, n], n no
-    more than the positions that it has room for.
+    queries: [B, n_heads, L, head_dim], scaled; slots: how many rows each reads, a
+    multiple of 16, or one in 16 of all that there are, if that is more. Those of one
+    token in the heads of a KV head choose together. Returns the positions of those that
+    each attends to most, too, whether the archive has a row there or not: int32 [B,
+    n_kv_heads, L, slots], no more than the positions that it has room for.
     """
-    n = min(n, archive.room)
     batch, n_heads, length, width = queries.shape
     heads = archive.n_kv_heads
     asked = queries.astype(mx.float32)
     asked = asked.reshape(batch, heads, n_heads // heads, length, width)
+    n_blocks = archive.room // RECALL_BLOCK
+    shown = min(slots // RECALL_BLOCK, n_blocks)
+    share = -(-archive.held // (READ_SHARE * RECALL_BLOCK))
+    n_read = min(max(shown, share), n_blocks)
     # Where every query's rows together are more than all there are, all are read, and
     # those not chosen have no weight.
-    whole = length * n >= archive.room
+    whole = length * n_read >= n_blocks
+    kept = whole and length * archive.room <= _KEPT
     seen = []
     for tile in archive.tiles():
         one = _see(asked, tile)
-        seen.append(one if whole else one._replace(weights=None))
+        seen.append(one if kept else one._replace(weights=None))
     best = mx.concatenate([one.best for one in seen], axis=-1)
-    # In order of position: what is added up is the same for any order.
-    blocks = mx.sort(
-        mx.argpartition(-best, n // RECALL_BLOCK - 1)[..., : n // RECALL_BLOCK]
-    )
-    columns = archive.start + rows_of(blocks, RECALL_BLOCK)
+    blocks = _greatest(best, n_read)
     chosen = mx.zeros(best.shape, mx.bool_)
     chosen = mx.put_along_axis(chosen, blocks, mx.array(True), axis=-1)
     top = functools.reduce(mx.maximum, (one.top for one in seen))
     # There is nothing in a batch row that has evicted nothing.
     top = mx.where(top == -mx.inf, 0, top)
-    output = _read_values(archive, seen, chosen, top)
-    if not whole:
-        output = output + _read_rows(asked, archive, columns, top)
+    output = _read_means(seen, chosen, top)
+    if whole:
+        output = output + _read_values(asked, archive, seen, chosen, top)
+    else:
+        output = output + _read_rows(asked, archive, _columns(archive, blocks), top)
     total = mx.array(0.0)
     for one in seen:
         total = total + mx.exp(one.top - top) * one.sums.sum(axis=-1, keepdims=True)
     output = output / mx.where(total == 0, 1, total)
     lse = top + mx.log(total)
+    if shown < n_read:
+        blocks = _greatest(best, shown)
     return Recalled(
         *(a.reshape(batch, n_heads, length, -1) for a in (output, lse))
-    ), columns
+    ), _columns(archive, blocks)
+
+
+def _greatest(best: mx.array, n: int) -> mx.array:
+    """Return the n greatest of the last axis, in order of place.
+
+    So what is added up is the same for any order.
+    """
+    return mx.sort(mx.argpartition(-best, n - 1)[..., :n])
+
+
+def _columns(archive: Archive | DiskArchive, blocks: mx.array) -> mx.array:
+    return archive.start + rows_of(blocks, RECALL_BLOCK)
 
 
 class _Seen(NamedTuple):
@@ -107,17 +131,22 @@ class _Seen(NamedTuple):
 
 
 def _see(queries: mx.array, tile: Tile) -> _Seen:
-    batch, heads, group, length, width = queries.shape
-    flat = queries.reshape(batch, heads, group * length, width)
-    logits = product(flat, tile.keys, transpose=True)
-    logits = mx.where(tile.there[:, :, None], logits, -mx.inf)
-    logits = logits.reshape(batch, heads, group, length, -1)
+    logits = _logits(queries, tile)
     # One axis after the other: both at once take MLX's CPU backend longer.
     blocks = _grouped(logits, RECALL_BLOCK).max(axis=-1)
     top = blocks.max(axis=-1, keepdims=True)
     weights = _exponentials(logits, mx.where(top == -mx.inf, 0, top))
     sums = _grouped(weights, MEAN_OF).sum(axis=-1)
     return _Seen(blocks.max(axis=2), top, weights, sums, tile.means)
+
+
+def _logits(queries: mx.array, tile: Tile) -> mx.array:
+    """[B, n_kv_heads, G, L, n], -inf where there is no row."""
+    batch, heads, group, length, width = queries.shape
+    flat = queries.reshape(batch, heads, group * length, width)
+    logits = product(flat, tile.keys, transpose=True)
+    logits = mx.where(tile.there[:, :, None], logits, -mx.inf)
+    return logits.reshape(batch, heads, group, length, -1)
 
 
 def _grouped(rows: mx.array, size: int) -> mx.array:
@@ -135,30 +164,49 @@ def _exponentials(logits: mx.array, top: mx.array) -> mx.array:
     return mx.array(result)
 
 
+def _read_means(seen: Sequence[_Seen], chosen: mx.array, top: mx.array) -> mx.array:
+    """Weigh means where a block is not chosen [B, n_kv_heads, L, blocks].
+
+    Returns [B, n_kv_heads, G, L, D], of the exponentials of logits - top.
+    """
+    output, start = mx.array(0.0), 0
+    for one in seen:
+        read = _of_tile(chosen, start, one)
+        rest = mx.where(read, 0, _grouped(one.sums, RECALL_BLOCK // MEAN_OF))
+        part = _weighed(rest.flatten(-2, -1), one.means)
+        output = output + mx.exp(one.top - top) * part
+        start += one.best.shape[-1]
+    return output
+
+
 def _read_values(
+    queries: mx.array,
     archive: Archive | DiskArchive,
     seen: Sequence[_Seen],
     chosen: mx.array,
     top: mx.array,
 ) -> mx.array:
-    """Weigh means where a block is not chosen [B, n_kv_heads, L, blocks], or its rows.
-
-    Rows only if their weights are known. Returns [B, n_kv_heads, G, L, D], of the
-    exponentials of logits - top.
-    """
+    """Weigh all values, those of blocks that are not chosen by 0; as `_read_means`."""
     output, start = mx.array(0.0), 0
-    rows = archive.values_of_tiles()
+    values = archive.values_of_tiles()
+    again = archive.tiles() if seen[0].weights is None else None
     for one in seen:
-        stop = start + one.best.shape[-1]
-        read = chosen[:, :, None, :, start:stop, None]
-        rest = mx.where(read, 0, _grouped(one.sums, RECALL_BLOCK // MEAN_OF))
-        part = _weighed(rest.flatten(-2, -1), one.means)
-        if one.weights is not None:
-            own = mx.where(read, _grouped(one.weights, RECALL_BLOCK), 0)
-            part = part + _weighed(own.flatten(-2, -1), next(rows))
+        weights = one.weights
+        if again is not None:
+            tops = mx.where(one.top == -mx.inf, 0, one.top)
+            weights = _exponentials(_logits(queries, next(again)), tops)
+        assert weights is not None
+        read = _of_tile(chosen, start, one)
+        own = mx.where(read, _grouped(weights, RECALL_BLOCK), 0)
+        part = _weighed(own.flatten(-2, -1), next(values))
         output = output + mx.exp(one.top - top) * part
-        start = stop
+        start += one.best.shape[-1]
     return output
+
+
+def _of_tile(chosen: mx.array, start: int, one: _Seen) -> mx.array:
+    """Which of a tile's blocks are chosen [B, n_kv_heads, 1, L, blocks, 1]."""
+    return chosen[:, :, None, :, start : start + one.best.shape[-1], None]
 
 
 def _weighed(weights: mx.array, values: Entries) -> mx.array:
@@ -174,7 +222,7 @@ def _read_rows(
     columns: mx.array,
     top: mx.array,
 ) -> mx.array:
-    """Weigh rows [B, n_kv_heads, L, n], fetched for each query; as `_read_values`."""
+    """Weigh rows [B, n_kv_heads, L, n], fetched for each query; as `_read_means`."""
     batch, heads, length, n = columns.shape
     rows = archive.take(columns.reshape(batch, heads, -1))
     # [B, n_kv_heads, L, G, D] by [B, n_kv_heads, L, n, D]

@@ -40,7 +40,7 @@ class Archived:
 
     @property
     def recalled_positions(self) -> list[int]:
-        """The indices of the tokens that the newest could read again, ascending."""
+        """The indices of the evicted that the newest attended to most, ascending."""
         recall = self._slots.recall
         if recall is None or recall.read is None:
             return []
@@ -49,7 +49,7 @@ class Archived:
 
     @property
     def recalled(self) -> int:
-        """How many tokens, at most in a KV head, the newest could read again."""
+        """How many they are, at most in a KV head."""
         recall = self._slots.recall
         if recall is None or recall.read is None:
             return 0

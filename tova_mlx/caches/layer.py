@@ -61,8 +61,9 @@ class PolicyKVCache(HeldTokens):
         renumbering: when the tokens held get new rotary positions, and how the layer
             rotates its keys; `make_prompt_cache(positions=...)` finds that out.
         recall: how many of `max_size` slots bring evicted tokens back, a multiple of
-            16: each token reads in them what its query attends to most of all that was
-            evicted, in blocks of 16 neighbours. 0: what is evicted is lost.
+            16: each token reads so many of those evicted, or one in 16 of them if that
+            is more, in the blocks of 16 neighbours that its query attends to most. 0:
+            what is evicted is lost.
         options: the policy's own options, see `POLICIES[policy].options`.
 
     Raises:

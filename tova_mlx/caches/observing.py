@@ -35,8 +35,8 @@ def observe_evictions(
             then: its kernels do not say them, so the portable scan is taken.
         recalled: called as `recalled(layer, steps, positions)` for what came back
             (`recall`): steps: positions of the tokens that read, one after the other;
-            positions: what each of them could read again, int32
-            [B, n_kv_heads, len(steps) * slots], -1 where there is nothing.
+            positions: of what each of them read again the `slots` that it attended to
+            most, int32 [B, n_kv_heads, len(steps) * slots], -1 where there is nothing.
 
     Nothing is spent on it while nobody observes. A token that is taken back (`trim`)
     and read again is reported again.

@@ -218,7 +218,7 @@ class Conversation:
         self._unread, self._tokens = unread == [True], tokens
 
     def recalled(self) -> list["Recalled"]:
-        """What the last token could read again of what was evicted, by position.
+        """What the last token attended to most of what was evicted, by position.
 
         Empty without recall; the text is not known of a file of an earlier version.
         """

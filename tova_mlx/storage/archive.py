@@ -93,6 +93,11 @@ class Archive:
     def nbytes(self) -> int:
         return sum(a.nbytes for a in self.arrays)
 
+    @property
+    def held(self) -> int:
+        """Rows that are there, of each batch row and head."""
+        return self.count - self.lost
+
     def empty(self) -> Archive:
         """Return one that holds nothing."""
         return Archive(self.storage)
@@ -194,7 +199,7 @@ class Archive:
         assert self.there is not None
         # Those that are not there come last.
         last = mx.where(self.there, mx.arange(self.room), self.room)
-        positions = mx.sort(last, axis=2)[..., : self.count - self.lost]
+        positions = mx.sort(last, axis=2)[..., : self.held]
         positions = positions.astype(mx.int32)
         keys, values = (gather(e, positions) for e in (self.keys, self.values))
         return Rows(keys, values, positions)

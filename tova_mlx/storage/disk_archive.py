@@ -68,6 +68,12 @@ class Disk:
         return self.lost_before + logged + self.lost_after
 
     @property
+    def lost(self) -> int:
+        """Rows given that are gone, by a limit or because they were not written."""
+        gone = 0 if self._log is None else self._log.first
+        return self.lost_before + gone + self.lost_after
+
+    @property
     def nbytes(self) -> int:
         return 0 if self._log is None else self._log.nbytes + self.index.nbytes
 
@@ -275,6 +281,11 @@ class DiskArchive:
         count = self.count - rows.length
         given = self.given[:-1] if self.given else ()
         return replace(self, count=count, given=given)
+
+    @property
+    def held(self) -> int:
+        """As `Archive.held`, of an archive that is `synced`."""
+        return self.count - self.disk.lost
 
     @property
     def start(self) -> int:

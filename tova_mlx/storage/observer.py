@@ -55,7 +55,7 @@ class Observer:
             self.callback(steps, positions)
 
     def recalled(self, steps: Sequence[int], positions: mx.array) -> None:
-        """Tell which tokens each of the newest could read again."""
+        """Tell which evicted tokens each of the newest attended to most."""
         if self._recalled is not None:
             self._recalled(steps, positions)
 

@@ -36,10 +36,10 @@ class Flush(NamedTuple):
 class Recall:
     """What of a layer's evicted tokens is known.
 
-    slots: rows of a window; first: how many tokens are held before one is evicted;
-    period: tokens after which evicted rows go to the archive; waiting: rows evicted
-    that are not archived yet, in order of step; read: int32 [B, n_kv_heads, slots], the
-    positions that the newest token could read (-1: none).
+    slots: rows that a token reads at least; first: how many tokens are held before one
+    is evicted; period: tokens after which evicted rows go to the archive; waiting: rows
+    evicted that are not archived yet, in order of step; read: int32 [B, n_kv_heads,
+    slots], the positions that the newest token attended to most (-1: none).
     """
 
     slots: int
