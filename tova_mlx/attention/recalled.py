@@ -28,7 +28,7 @@ from ..storage.entries import Entries, dequantized, product
 
 # One in so many archived rows is read at least.
 READ_SHARE = 16
-# Weights that are kept between choosing and reading, per head; more are computed twice.
+# Weights of a head that are there at once; more are computed a tile at a time, twice.
 _KEPT = 1 << 20
 
 
@@ -73,11 +73,15 @@ def recall(
     # Where every query's rows together are more than all there are, all are read, and
     # those not chosen have no weight.
     whole = length * n_read >= n_blocks
-    kept = whole and length * archive.room <= _KEPT
+    many = length * archive.room > _KEPT
     seen = []
     for tile in archive.tiles():
         one = _see(asked, tile)
-        seen.append(one if kept else one._replace(weights=None))
+        if many or not whole:
+            one = one._replace(weights=None)
+        if many:
+            _compute(one.best, one.top, one.sums)
+        seen.append(one)
     best = mx.concatenate([one.best for one in seen], axis=-1)
     blocks = _greatest(best, n_read)
     chosen = mx.zeros(best.shape, mx.bool_)
@@ -100,6 +104,12 @@ def recall(
     return Recalled(
         *(a.reshape(batch, n_heads, length, -1) for a in (output, lse))
     ), _columns(archive, blocks)
+
+
+def _compute(*arrays: mx.array) -> None:
+    """Compute arrays now, or what they are computed from is there until all are."""
+    # On the CPU `_exponentials` waits anyway.
+    (mx.async_eval if on_gpu() else mx.eval)(*arrays)
 
 
 def _greatest(best: mx.array, n: int) -> mx.array:
@@ -200,6 +210,8 @@ def _read_values(
         own = mx.where(read, _grouped(weights, RECALL_BLOCK), 0)
         part = _weighed(own.flatten(-2, -1), next(values))
         output = output + mx.exp(one.top - top) * part
+        if again is not None:
+            _compute(output)
         start += one.best.shape[-1]
     return output
 
