@@ -195,7 +195,7 @@ _ARCHIVE = [
     ),
     (
         "what is not read has the value zero in decode",
-        "output = _read_values(archive, seen, chosen, top)",
+        "output = _read_means(seen, chosen, top)",
         "output = mx.array(0.0)",
         _READ,
     ),
@@ -207,8 +207,8 @@ _ARCHIVE = [
     ),
     (
         "the blocks that are least attended to come back",
-        "mx.argpartition(-best, n // RECALL_BLOCK - 1)",
-        "mx.argpartition(best, n // RECALL_BLOCK - 1)",
+        "mx.argpartition(-best, n - 1)",
+        "mx.argpartition(best, n - 1)",
         _READ,
     ),
     (
@@ -224,15 +224,21 @@ _ARCHIVE = [
         _READ,
     ),
     (
-        "tiles are added up as if all had one maximum",
-        "output = output + mx.exp(one.top - top) * part",
-        "output = output + part",
+        "tiles' means are added up as if all had one maximum",
+        "one.means)\n        output = output + mx.exp(one.top - top) * part",
+        "one.means)\n        output = output + part",
+        _READ,
+    ),
+    (
+        "tiles' values are added up as if all had one maximum",
+        "next(values))\n        output = output + mx.exp(one.top - top) * part",
+        "next(values))\n        output = output + part",
         _READ,
     ),
     (
         "all tiles have the blocks of the first",
-        "read = chosen[:, :, None, :, start:stop, None]",
-        "read = chosen[:, :, None, :, : stop - start, None]",
+        "return chosen[:, :, None, :, start : start + one.best.shape[-1], None]",
+        "return chosen[:, :, None, :, : one.best.shape[-1], None]",
         _READ,
     ),
     (
