@@ -55,7 +55,7 @@ class Layer:
         recall=None,
     ):
         # (slots, tokens after which evicted ones can come back, the mean of some values
-        # as it is kept), or None.
+        # as it is kept, in how many archived ones one is read at least), or None.
         self.recall = recall
         # With rotation (period, function of a vector and an angle's position): keys and
         # queries are told unrotated.

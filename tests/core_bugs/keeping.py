@@ -340,8 +340,9 @@ _ARCHIVE = [
     ),
     (
         "weights computed again are those of the first tile",
-        "weights = _exponentials(_logits(queries, next(again)), tops)",
-        "weights = _exponentials(_logits(queries, next(archive.tiles())), tops)",
+        "weights = _exponentials(_logits(queries, next(again)), one.top)",
+        "first = next(archive.tiles())\n"
+        "            weights = _exponentials(_logits(queries, first), one.top)",
         ("test_recall.py::test_an_archive_is_read_in_tiles_as_in_one",),
     ),
     (

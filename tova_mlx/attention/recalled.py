@@ -145,7 +145,7 @@ def _see(queries: mx.array, tile: Tile) -> _Seen:
     # One axis after the other: both at once take MLX's CPU backend longer.
     blocks = _grouped(logits, RECALL_BLOCK).max(axis=-1)
     top = blocks.max(axis=-1, keepdims=True)
-    weights = _exponentials(logits, mx.where(top == -mx.inf, 0, top))
+    weights = _exponentials(logits, top)
     sums = _grouped(weights, MEAN_OF).sum(axis=-1)
     return _Seen(blocks.max(axis=2), top, weights, sums, tile.means)
 
@@ -165,7 +165,8 @@ def _grouped(rows: mx.array, size: int) -> mx.array:
 
 
 def _exponentials(logits: mx.array, top: mx.array) -> mx.array:
-    """exp(logits - top)."""
+    """exp(logits - top), 0 where there is no row."""
+    top = mx.where(top == -mx.inf, 0, top)
     if on_gpu():
         return mx.exp(logits - top)
     # MLX's CPU backend takes one number at a time, ten times as long.
@@ -203,8 +204,7 @@ def _read_values(
     for one in seen:
         weights = one.weights
         if again is not None:
-            tops = mx.where(one.top == -mx.inf, 0, one.top)
-            weights = _exponentials(_logits(queries, next(again)), tops)
+            weights = _exponentials(_logits(queries, next(again)), one.top)
         assert weights is not None
         read = _of_tile(chosen, start, one)
         own = mx.where(read, _grouped(weights, RECALL_BLOCK), 0)
