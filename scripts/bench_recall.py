@@ -5,8 +5,8 @@
 Two parts. One layer of one head reads random tokens under `streaming` with an archive
 on disk: its bytes in memory, MLX's, and those on disk, at every tenth of the text. Then
 archives of several lengths with the shapes of the demo model's layers, in the 4-bit
-class: medians of choosing and fetching a token's rows, times 30 layers, for one token
-and for one of the 128 of a part of a prompt. The last line is JSON.
+class: medians of attending to them, times 30 layers, for one token and for one of the
+128 of a part of a prompt. The last line is JSON.
 """
 
 import argparse
@@ -106,13 +106,12 @@ def predicted(tokens: int, room: int) -> float:
     """Bytes of a token on disk.
 
     In a log: keys of 6 bits, values of 4, scales, its position. For each position that
-    there is room for: its place, a quarter of the mean of 4 values.
+    there is room for: its place.
     """
     numbers = N_KV_HEADS * WIDTH
     scales = 2 * 2 * N_KV_HEADS * (WIDTH // 64)
-    values = numbers * 4 // 8 + scales
-    logged = numbers * 6 // 8 + scales + values + 4
-    return logged + room * (4 + values / 4) / tokens
+    logged = numbers * 6 // 8 + numbers * 4 // 8 + 2 * scales + 4
+    return logged + room * 4 / tokens
 
 
 def main() -> None:

@@ -3,48 +3,36 @@
     python scripts/recall_limits.py TEXT [--model PATH] [--tokens 1400] [--out FILE]
 
 A policy with recall, against as many slots without it and against the full cache, on
-the same tokens: as it is; with an archive that is not quantised; and with more of the
-archive read by each token, up to all of it, which is the full cache's attention. The
-last line is JSON.
+the same tokens: as it is; with an archive that is not quantised; where what is evicted
+waits for the archive less long; and both. The last line is JSON.
 """
 
 import argparse
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 from common import finish, provenance, read_losses
 
 from tova_mlx import make_prompt_cache
-from tova_mlx.attention.recalled import recall
 from tova_mlx.cli.models import load
 from tova_mlx.storage.formats import storage_for
 
 SLOTS, STEP = 64, 256
 
 
-@contextmanager
-def reading(n: int | None) -> Iterator[None]:
-    """Let each token read n rows of an archive, or all (None), for a block."""
-
-    def more(queries: Any, archive: Any, _: int) -> Any:
-        return recall(queries, archive, min(n or archive.room, archive.room))
-
-    with mock.patch("tova_mlx.caches.chunk.recall", more):
-        yield
-
-
-def unquantised(caches: list[Any]) -> list[Any]:
-    """Let new caches archive rows as they come."""
+def changed(caches: list[Any], *, plain: bool = False, period: int = 0) -> list[Any]:
+    """Let new caches archive rows as they come, or every so many tokens."""
     for cache in caches:
         known = cache.slots.recall
-        plain = replace(known.archive, storage=storage_for(None, 64))
-        cache.slots.recall = replace(known, archive=plain)
+        storage = storage_for(None, 64) if plain else known.archive.storage
+        cache.slots.recall = replace(
+            known,
+            archive=replace(known.archive, storage=storage),
+            period=period or known.period,
+        )
     return caches
 
 
@@ -77,9 +65,8 @@ def main() -> None:
         "change_from_full": {},
     }
 
-    def measure(name: str, new: list[Any], n: int | None = SLOTS) -> None:
-        with reading(n):
-            changes = read_losses(model, ids, new, STEP) - full
+    def measure(name: str, new: list[Any]) -> None:
+        changes = read_losses(model, ids, new, STEP) - full
         change = 100 * math.expm1(changes.mean())
         error = 100 * float(np.std(changes)) / math.sqrt(len(changes))
         report["change_from_full"][name] = {"percent": change, "stderr": error}
@@ -87,10 +74,10 @@ def main() -> None:
 
     measure("without recall", caches(slots=0))
     measure("as it is", caches())
-    measure("archive unquantised", unquantised(caches()))
-    for n in (128, 256, 512):
-        measure(f"{n} rows read", caches(), n)
-    measure("all rows read", caches(), None)
+    measure("archive unquantised", changed(caches(), plain=True))
+    measure("archived every 16 tokens", changed(caches(), period=16))
+    both = changed(caches(), plain=True, period=16)
+    measure("both", both)
     finish(report, args.out)
 
 

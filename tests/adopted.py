@@ -128,8 +128,7 @@ class Adoption:
     def _rules(self, world: World, cache: PolicyKVCache) -> None:
         oracle, (n_heads, n_kv_heads) = self.oracle, self.setup.heads
         oracle.rule, recall = self.slots.rule.as_dict(), self.slots.recall
-        more = (world.mean, world.setup.share)
-        oracle.recall = (recall.slots, recall.period, *more) if recall else None
+        oracle.archived = recall.period if recall else 0
         heads = np.arange(n_heads)
         per_head = self.slots.rule.per_head
         oracle.choosers = np.split(heads, n_kv_heads) if per_head else [heads]

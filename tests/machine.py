@@ -37,8 +37,6 @@ import tova_mlx.caches.chunk
 from tova_mlx import POLICIES, PolicyKVCache, describe
 from tova_mlx import load_prompt_cache as our_load
 from tova_mlx import save_prompt_cache as our_save
-from tova_mlx.attention import recalled
-from tova_mlx.attention.recalled import READ_SHARE
 from tova_mlx.caches.lockstep import keep_together
 from tova_mlx.caches.options import CacheOptions
 from tova_mlx.errors import CacheStateError, TovaError
@@ -72,11 +70,9 @@ class Setup:
     period: int = 0
     # First tokens that are pinned.
     pin: int = 0
-    # Slots for recall beside max_size, tokens after which evicted ones come back, and
-    # in how many archived ones one is read at least.
+    # Slots for recall beside max_size, and tokens after which evicted ones come back.
     recall: int = 0
     archived: int = 4
-    share: int = READ_SHARE
 
     @property
     def rotation(self):
@@ -206,7 +202,6 @@ class Checks:
         self.setup = setup
         self.storages = [storage_for(setup.kv_bits, 32)] * LAYERS
         self.next_uid = 0
-        recalled.READ_SHARE = setup.share
         COUNTS["sequences"] += 1
 
     def oracle(self):
@@ -214,16 +209,8 @@ class Checks:
         sinks = learned(self.setup.heads) if self.setup.sinks else None
         rule, once = cache.rule.as_dict(), self.setup.prefill == "once"
         turns = (self.setup.period, self.setup.rotate) if self.setup.period else None
-        back, s = None, self.setup
-        if s.recall:
-            back = (s.recall, s.archived, self.mean, s.share)
+        back = self.setup.archived if self.setup.recall else 0
         return Layer(rule, *self.setup.heads, SCALE, sinks, once, turns, back)
-
-    def mean(self, values):
-        """Of an archive's values, in its format; in float32, or codes may flip."""
-        rows = [v.astype(np.float32) for v in values]
-        mean = sum(rows[1:], rows[0]) / np.float32(len(rows))
-        return stored(mean[None], storage_for(self.setup.kv_bits, 32).values)[0]
 
     def uids(self, n):
         self.next_uid += n
@@ -853,7 +840,6 @@ def setups(draw, batches=(1, 1, 2), heads=None):
         sinks=draw(st.booleans()),
         recall=recall,
         archived=draw(st.sampled_from([1, 3, 4, 16])),
-        share=draw(st.sampled_from([READ_SHARE, 2, 1])) if recall else READ_SHARE,
         shares=not (period or recall) and draw(st.integers(0, 3)) == 0,
         period=period,
         pin=draw(st.sampled_from([0, 0, 0, 2, 9])) if batches != (1,) else 0,
@@ -910,9 +896,6 @@ class CacheMachine(RuleBasedStateMachine):
     def to_batch_and_back(self, n):
         self.world.to_batch_and_back(n)
 
-    def teardown(self):
-        recalled.READ_SHARE = READ_SHARE
-
     @invariant()
     def right(self):
         if hasattr(self, "world"):
@@ -964,9 +947,6 @@ class BatchMachine(RuleBasedStateMachine):
     @rule()
     def store(self):
         self.rows.store()
-
-    def teardown(self):
-        recalled.READ_SHARE = READ_SHARE
 
     @invariant()
     def right(self):

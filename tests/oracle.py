@@ -52,11 +52,10 @@ class Layer:
         sinks=None,
         once=False,
         rotation=None,
-        recall=None,
+        archived=0,
     ):
-        # (slots, tokens after which evicted ones can come back, the mean of some values
-        # as it is kept, in how many archived ones one is read at least), or None.
-        self.recall = recall
+        # Tokens after which evicted ones are attended to again; 0: never.
+        self.archived = archived
         # With rotation (period, function of a vector and an angle's position): keys and
         # queries are told unrotated.
         self.period, self.rotate = rotation or (0, None)
@@ -144,8 +143,8 @@ class Layer:
             )
             for h in heads:
                 out[h] = outputs[h]
-            if self.recall:
-                self._recall(c, query, places, bias, token.uid, out, step, forced)
+            if self.archived:
+                self._recall(c, query, places, bias, token.uid, out)
             received = np.zeros(len(held))
             for h in heads:
                 share = weights[h]
@@ -192,57 +191,18 @@ class Layer:
         held[:] = [h for h in held if h.position != victim]
         self.evicted[c][victim] = newest
 
-    def _recall(self, c, query, places, bias, uid, out, step, forced):
+    def _recall(self, c, query, places, bias, uid, out):
         """Attend to what was evicted too; nothing of it is scored."""
-        slots, period, _, share = self.recall
-        now = len(self.tokens) - 1
-        last_cut = now // period * period
-        blocks = {}
-        for p, evicted in self.evicted[c].items():
-            if evicted < last_cut - 1:
-                blocks.setdefault(p // 16, []).append(p)
-        for kv in sorted({h // self.group for h in self.choosers[c]}):
-            group = range(kv * self.group, (kv + 1) * self.group)
-            scores = {
-                b: max(self.tokens[p].key[kv] @ query[h] for p in ps for h in group)
-                for b, ps in blocks.items()
-            }
-            ranked = sorted(scores, key=lambda b: -scores[b])
-            due = -(-sum(map(len, blocks.values())) // (16 * share))
-            n = max(slots // 16, due)
-            best, rest = ranked[:n], ranked[n:]
-            near = []
-            for one in best:
-                for other in rest:
-                    slack = NEAR * abs(scores[one]) + 1e-6
-                    if scores[one] - scores[other] < slack:
-                        near.append(tuple({*best, other} - {one}))
-            step.near[c, -1 - kv] = near
-            best = forced.get((now, c, -1 - kv), best)
-            back = [p for b in best for p in blocks[b]]
-            rest = [p for b in blocks if b not in best for p in blocks[b]]
-            for h in group:
-                parts = [places, back, rest]
-                out[h] = self._over(h, kv, query[h], parts, bias, uid)
-
-    def _over(self, h, kv, query, parts, bias, uid):
-        """The output of a head, as in the full cache but for values not read.
-
-        Those of archived tokens that do not come back are their fours' means.
-        """
-        places, back, rest = parts
-        every = [*places, *back, *rest]
-        logits = np.array([self.tokens[p].key[kv] @ query * self.scale for p in every])
-        logits[: len(places)] += [bias(uid, self.tokens[p].uid) for p in places]
-        sink = [] if self.sinks is None else [self.sinks[h]]
-        top = max([*logits, *sink])
-        e = np.exp(logits - top)
-        extra = sum(np.exp(s - top) for s in sink)
-        values = [self.tokens[p].value[kv] for p in [*places, *back]]
-        for p in rest:
-            four = [self.tokens[q].value[kv] for q in rest if q // 4 == p // 4]
-            values.append(self.recall[2](four))
-        return e @ np.array(values) / (e.sum() + extra)
+        last_cut = (len(self.tokens) - 1) // self.archived * self.archived
+        back = [p for p, step in self.evicted[c].items() if step < last_cut - 1]
+        for h in self.choosers[c]:
+            kv = h // self.group
+            rows = [self.tokens[p] for p in [*places, *back]]
+            logits = np.array([t.key[kv] @ query[h] * self.scale for t in rows])
+            logits[: len(places)] += [bias(uid, self.tokens[p].uid) for p in places]
+            sink = [] if self.sinks is None else [self.sinks[h]]
+            e = np.exp(np.array([*logits, *sink]) - max([*logits, *sink]))
+            out[h] = e[: len(rows)] @ [t.value[kv] for t in rows] / e.sum()
 
     def _unlikeness(self, c, held, free):
         """Minus the mean cosine to the mean unit key, over the chooser's KV heads."""

@@ -64,12 +64,11 @@ def random_layer(seed, n_heads, n_kv_heads, dim=8):
     return queries, keys, values
 
 
-def expected(queries, keys, values, rule, share=16):
+def expected(queries, keys, values, rule):
     """Outputs [n_heads, T, D] and windows {t: sets of positions by KV head}.
 
-    share: one in so many archived rows is read at least. Token by token in float64,
-    with sets of positions and no arrays of windows. What a policy holds does not depend
-    on what is recalled.
+    Token by token in float64, with sets of positions and no arrays of windows. What a
+    policy holds does not depend on what is recalled.
     """
     n_heads, n_kv_heads = len(queries), len(keys)
     group = n_heads // n_kv_heads
@@ -79,44 +78,32 @@ def expected(queries, keys, values, rule, share=16):
     outputs = np.zeros((n_heads, LENGTH, values.shape[2]))
     for t in range(LENGTH):
         last_cut = t // 128 * 128
-        ranked = [
-            by_attention(
-                {p for p, step in rows.items() if step < last_cut - 1},
-                keys[kv],
-                queries[kv * group : (kv + 1) * group, t],
-            )
-            for kv, rows in enumerate(evicted)
+        there = [
+            [p for p, step in rows.items() if step < last_cut - 1] for rows in evicted
         ]
-        windows[t] = [set().union(*blocks[: SLOTS // 16]) for blocks in ranked]
-        now = []
-        for blocks in ranked:
-            due = -(-sum(map(len, blocks)) // (16 * share))
-            now.append(set().union(*blocks[: max(SLOTS // 16, due)]))
         norm = np.linalg.norm(values[:, t], axis=1)
         token = oracle.Token(t, keys[:, t], values[:, t], norm)
         (step,) = layer.read([queries[:, t]], [token], lambda q, k: 0.0)
-        for kv in range(n_kv_heads):
+        for kv, archived in enumerate(there):
             c = kv if len(step.seen) > 1 else 0
             seen = step.seen[c]
             for p in set(seen) - set(layer.positions()[c]):
                 evicted[kv][p] = t
-            archived = [p for p, step in evicted[kv].items() if step < last_cut - 1]
             assert not set(seen) & set(archived)
             for h in range(kv * group, kv * group + group):
-                logits = keys[kv] @ queries[h, t] * SCALE
-                everything = [*seen, *archived]
-                # As in the full cache, but for values of rows that are not read.
-                read = {p: values[kv, p] for p in [*seen, *now[kv]]}
-                outputs[h, t] = reference.softmax(logits[everything]) @ [
-                    read[p] if p in read else mean_of_four(p, archived, values[kv])
-                    for p in everything
-                ]
+                # As in the full cache, but for those that wait.
+                read = [*seen, *archived]
+                weights = reference.softmax(keys[kv, read] @ queries[h, t] * SCALE)
+                outputs[h, t] = weights @ values[kv, read]
+        windows[t] = [
+            set().union(
+                *by_attention(
+                    archived, keys[kv], queries[kv * group : kv * group + group, t]
+                )[: SLOTS // 16]
+            )
+            for kv, archived in enumerate(there)
+        ]
     return outputs, windows
-
-
-def mean_of_four(position, archived, values):
-    """The mean value of those archived of the four positions that this is one of."""
-    return values[[p for p in archived if p // 4 == position // 4]].mean(axis=0)
 
 
 def by_attention(archived, keys, queries):
@@ -153,18 +140,14 @@ def window(cache):
 
 
 @pytest.mark.parametrize(
-    ("policy", "options", "share"),
-    [(p, {}, 16) for p in BOUNDED]
-    + [("tova", {"granularity": "head"}, 16), ("fade", {"granularity": "layer"}, 16)]
-    + [("tova", {}, 4), ("fade", {"granularity": "head"}, 5)],
+    ("policy", "options"),
+    [(p, {}) for p in BOUNDED]
+    + [("tova", {"granularity": "head"}), ("fade", {"granularity": "layer"})],
 )
 @pytest.mark.parametrize("heads", [(6, 2), (4, 4)])
-def test_it_is_token_by_token_whatever_the_chunks(
-    policy, options, share, heads, monkeypatch
-):
-    monkeypatch.setattr(recalled, "READ_SHARE", share)
+def test_it_is_token_by_token_whatever_the_chunks(policy, options, heads):
     arrays = random_layer(len(policy), *heads)
-    wanted, windows = expected(*arrays, new_cache(policy, **options).rule, share)
+    wanted, windows = expected(*arrays, new_cache(policy, **options).rule)
     sizes = ([LENGTH], [1] * LENGTH, [100, 1, 27, 128, 1, 1, 40, 122])
     for chunks in sizes:
         cache = new_cache(policy, **options)
@@ -381,8 +364,8 @@ def test_an_archive_on_disk_gives_what_one_in_memory_gives(policy, options, tmp_
     assert window(here) == window(there)
     log = sum(f.stat().st_size for f in (tmp_path / "a").glob("*.rows"))
     disk = there.slots.recall.archive.disk
-    # Of each of 1,024 positions a place and, in float32, a quarter of a mean.
-    unnamed = 1024 * 4 * (disk.index.places.shape[1] + 2 * 10 // 4)
+    # A place of each of 1,024 positions.
+    unnamed = 1024 * 4 * disk.index.places.shape[1]
     assert there.archive_nbytes == log + unnamed > unnamed
 
 
@@ -706,47 +689,69 @@ def test_a_directory_that_cannot_be_written_is_refused(model, tmp_path):
         make_prompt_cache(model, 60, recall=32, archive=tmp_path / "file" / "a")
 
 
-@pytest.mark.parametrize("length", [1, 70], ids=["rows", "whole"])
-@pytest.mark.parametrize("kept", [0, 1 << 20])
-def test_an_archive_is_read_in_tiles_as_in_one(monkeypatch, length, kept):
+@pytest.mark.parametrize("length", [1, 70])
+@pytest.mark.parametrize("many", [0, 1 << 20])
+def test_an_archive_is_read_in_tiles_as_in_one(monkeypatch, length, many):
     rng = np.random.default_rng(5)
     n, room = 16, 1024
     # Unequal tiles: rows here and there, some blocks and a whole tile without any.
     there = np.sort(rng.choice(600, 250, replace=False))
+    there = there[there >= 64]
     there = there[(there < 192) | (there >= 256)]
     keys, values = rng.normal(size=(2, 1, 2, len(there), 64)).astype(np.float32)
     queries = mx.array(rng.normal(size=(1, 6, length, 64)).astype(np.float32) / 4)
     rows = Rows(mx.array(keys), mx.array(values), mx.array(there, mx.int32)[None, None])
     archive = Archive(PLAIN).add(rows, room)
-    assert (length * n >= archive.room) == (length > 1)
-    want, columns = recalled.recall(queries, archive, n)
+    want, columns = recalled.recall(queries, archive, n, newest=length)
     monkeypatch.setattr("tova_mlx.storage.archive.TILE", 64)
-    monkeypatch.setattr(recalled, "_KEPT", kept)
-    got, others = recalled.recall(queries, archive, n)
+    monkeypatch.setattr(recalled, "_MANY", many)
+    got, others = recalled.recall(queries, archive, n, newest=length)
     assert np.array_equal(columns, others)
+    _, last = recalled.recall(queries, archive, n)
+    assert np.array_equal(columns[:, :, -1:], last)
     for a, b in zip(got, want, strict=True):
         assert np.abs(np.array(a) - np.array(b)).max() < 1e-5
-    # By hand: a head's rows of the block in which one of its group attends most.
+    # By hand.
     for head, step in ((0, 0), (5, length - 1)):
         kv = head // 3
         logits = np.array(queries)[0, 3 * kv : 3 * kv + 3, step] @ keys[0, kv].T
-        own = there // 16 == there[logits.max(axis=0).argmax()] // 16
         weights = np.exp(logits[head % 3])
-        seen = values[0, kv].copy()
-        for four in set(there[~own] // 4):
-            seen[there // 4 == four] = seen[there // 4 == four].mean(axis=0)
-        output = weights @ seen / weights.sum()
+        output = weights @ values[0, kv] / weights.sum()
         assert np.abs(np.array(got.output[0, head, step]) - output).max() < 1e-4
         assert abs(got.lse[0, head, step].item() - np.log(weights.sum())) < 1e-4
+        best = there[logits.max(axis=0).argmax()] // 16 * 16
+        assert np.array_equal(columns[0, kv, step], np.arange(best, best + 16))
+
+
+def test_logits_far_below_zero_count():
+    values = mx.random.normal((1, 1, 5, 64))
+    there = mx.arange(5, dtype=mx.int32)[None, None]
+    archive = Archive(PLAIN).add(Rows(mx.full((1, 1, 5, 64), -4.0), values, there), 5)
+    got, _ = recalled.recall(mx.ones((1, 1, 1, 64)), archive, 16)
+    assert mx.allclose(got.output, values.mean(axis=2, keepdims=True), atol=1e-5)
+    assert abs(got.lse.item() - (np.log(5) - 256)) < 1e-4
+
+
+def test_one_that_has_evicted_nothing_reads_nothing(monkeypatch):
+    monkeypatch.setattr("tova_mlx.storage.archive.TILE", 64)
+    there = mx.zeros((2, 1, 128), mx.bool_)
+    there[1, :, 70:90] = True
+    rows = mx.random.normal((2, 1, 128, 64))
+    archive = Archive(PLAIN, 20, 0, rows, rows, there)
+    queries = mx.random.normal((2, 2, 3, 64))
+    got, _ = recalled.recall(queries, archive, 16)
+    slots, lse = mx.random.normal((2, 2, 3, 64)), mx.zeros((2, 2, 3, 1))
+    merged = got.merged(slots, lse)
+    assert mx.array_equal(merged[0], slots[0])
+    assert mx.isfinite(merged).all()
+    assert not mx.allclose(merged[1], slots[1])
 
 
 def test_places_on_disk_move_up_with_the_rows_and_down_again(monkeypatch, tmp_path):
     monkeypatch.setattr(disk_index, "ROOM", 64)
-    # More are read than the slots say: a share of those that are there.
-    monkeypatch.setattr(recalled, "READ_SHARE", 2)
     rng = np.random.default_rng(7)
     # There is room for some; one of an early token comes late.
-    disk = Disk(LogDirectory(tmp_path / "a"), "layer", limit=128 * 644)
+    disk = Disk(LogDirectory(tmp_path / "a"), "layer", limit=128 * 520)
     archive, moves = DiskArchive(PLAIN, disk), []
     # What goes at a time ends among four neighbours.
     order = [*range(21, 500), 3, *range(500, 560)]

@@ -106,8 +106,9 @@ _WATCH = (
 _BACK = ("test_recall.py::test_taking_tokens_back_takes_back_what_was_recalled",)
 _TWICE = ("test_recall.py::test_tokens_are_taken_back_over_several_flushes",)
 _MOVE = ("test_recall.py::test_places_on_disk_move_up_with_the_rows_and_down_again",)
+_TILES = ("test_recall.py::test_an_archive_is_read_in_tiles_as_in_one",)
 _READ = (
-    "test_recall.py::test_an_archive_is_read_in_tiles_as_in_one",
+    *_TILES,
     "test_recall.py::test_it_is_token_by_token_whatever_the_chunks",
 )
 
@@ -194,12 +195,6 @@ _ARCHIVE = [
         _TWICE,
     ),
     (
-        "what is not read has the value zero in decode",
-        "output = _read_means(seen, chosen, top)",
-        "output = mx.array(0.0)",
-        _READ,
-    ),
-    (
         "the slots keep their whole weight",
         "return (output * (1 - share) + self.output * share).astype(output.dtype)",
         "return (output + self.output * share).astype(output.dtype)",
@@ -213,8 +208,14 @@ _ARCHIVE = [
     ),
     (
         "a head of a group chooses for all",
-        "return _Seen(blocks.max(axis=2), top, weights, sums, tile.means)",
-        "return _Seen(blocks[:, :, 0], top, weights, sums, tile.means)",
+        "return blocks.max(axis=-1).max(axis=2)",
+        "return blocks.max(axis=-1)[:, :, 0]",
+        _READ,
+    ),
+    (
+        "what the first of a chunk attended to most counts as the newest's",
+        "rows // group, n)[..., -newest:, :]",
+        "rows // group, n)[..., :newest, :]",
         _READ,
     ),
     (
@@ -224,52 +225,34 @@ _ARCHIVE = [
         _READ,
     ),
     (
-        "tiles' means are added up as if all had one maximum",
-        "one.means)\n        output = output + mx.exp(one.top - top) * part",
-        "one.means)\n        output = output + part",
-        _READ,
-    ),
-    (
         "tiles' values are added up as if all had one maximum",
-        "next(values))\n        output = output + mx.exp(one.top - top) * part",
-        "next(values))\n        output = output + part",
-        _READ,
+        "output = output * before + product(",
+        "output = output + product(",
+        _TILES,
     ),
     (
-        "all tiles have the blocks of the first",
-        "return chosen[:, :, None, :, start : start + one.best.shape[-1], None]",
-        "return chosen[:, :, None, :, : one.best.shape[-1], None]",
-        _READ,
+        "tiles' weights are added up as if all had one maximum",
+        "total = total * before + weights.sum",
+        "total = total + weights.sum",
+        _TILES,
     ),
     (
-        "blocks that are read count by their means too",
-        "part = _weighed(rest.flatten(-2, -1), one.means)",
-        "part = _weighed(one.sums, one.means)",
-        _READ,
+        "only the last tile is read",
+        "output = output * before + product(",
+        "output = product(",
+        _TILES,
     ),
     (
-        "a mean has the values of positions without a row",
-        "kept = mx.where(there[..., None], dequantized(values), 0).reshape(shape)",
-        "kept = dequantized(values).reshape(shape)",
-        _BACK,
+        "exponentials are of logits less no lower number than 0",
+        "top = mx.array(0.0), mx.array(0.0), mx.array(_LOWEST)",
+        "top = mx.array(0.0), mx.array(0.0), mx.array(0.0)",
+        ("test_recall.py::test_logits_far_below_zero_count",),
     ),
     (
-        "a mean is of four rows where there are fewer",
-        "means = kept.sum(axis=3) / mx.maximum(counts, 1)[..., None]",
-        "means = kept.mean(axis=3)",
-        _READ,
-    ),
-    (
-        "means of rows that were taken back stay",
-        "return old.with_means(rows.positions)",
-        "return old",
-        _BACK,
-    ),
-    (
-        "means are not evaluated with the state",
-        "there = after(self.there, list(arrays_of(means)))",
-        "there = self.there",
-        ("test_recall.py::test_another_thread_goes_on_where_the_state_was_evaluated",),
+        "a batch row that has evicted nothing divides by zero",
+        "output = output / mx.where(total == 0, 1, total)",
+        "output = output / total",
+        ("test_recall.py::test_one_that_has_evicted_nothing_reads_nothing",),
     ),
     (
         "a row below the others has no place",
@@ -285,19 +268,8 @@ _ARCHIVE = [
     ),
     (
         "places are moved by too much",
-        "shift = (self.start - start) // each",
-        "shift = (self.start - start) // each - 1",
-        _MOVE,
-    ),
-    (
-        "means on disk of rows that were cut off stay",
-        "self._write_means(self.index.cut(kept))",
-        "self.index.cut(kept)",
-    ),
-    (
-        "means on disk of rows that are over the limit stay",
-        "self._write_means(self.index.between(oldest, self._log.first))",
-        "pass",
+        "there = new[..., max(0, self.start - start) :]",
+        "there = new[..., max(0, self.start - start) + 1 :]",
         _MOVE,
     ),
     (
@@ -310,45 +282,14 @@ _ARCHIVE = [
     ),
     (
         "queries are compared with the archive unscaled",
-        "recalled, columns = recall(queries * args.scale, archive, known.slots)",
-        "recalled, columns = recall(queries, archive, known.slots)",
+        "recalled, columns = recall(queries * args.scale, archive,",
+        "recalled, columns = recall(queries, archive,",
         _READ,
-    ),
-    (
-        "as many rows are read of a long archive as of a short one",
-        "n_read = min(max(shown, share), n_blocks)",
-        "n_read = shown",
-        _READ,
-    ),
-    (
-        "an archive's share to be read is rounded down",
-        "share = -(-archive.held // (READ_SHARE * RECALL_BLOCK))",
-        "share = archive.held // (READ_SHARE * RECALL_BLOCK)",
-        _READ,
-    ),
-    (
-        "what was read most is all that was read",
-        "if shown < n_read:",
-        "if False:",
-        _READ,
-    ),
-    (
-        "rows over a limit count as held",
-        "return self.count - self.disk.lost",
-        "return self.count",
-        ("test_recall.py::test_places_on_disk_move_up_with_the_rows_and_down_again",),
-    ),
-    (
-        "weights computed again are those of the first tile",
-        "weights = _exponentials(_logits(queries, next(again)), one.top)",
-        "first = next(archive.tiles())\n"
-        "            weights = _exponentials(_logits(queries, first), one.top)",
-        ("test_recall.py::test_an_archive_is_read_in_tiles_as_in_one",),
     ),
     (
         "rows that were cut off a log are still in their places",
-        "        self.places[gone] = -1\n",
-        "",
+        "self.places[self.places >= count] = -1",
+        "pass",
     ),
     (
         "rows in a log are numbered from the first again",

@@ -91,11 +91,13 @@ def _with_recalled(
     if known is None or not known.archive.count:
         return args
     archive = known.archive.synced()
-    recalled, columns = recall(queries * args.scale, archive, known.slots)
+    watched = slots.observer.wants_recalled
+    n = queries.shape[2] if watched else 1
+    recalled, columns = recall(queries * args.scale, archive, known.slots, newest=n)
     read = archive.positions(columns[:, :, -1])
     slots.recall = replace(known, archive=archive, read=read)
-    if slots.observer.wants_recalled:
-        steps = range(slots.offset - queries.shape[2], slots.offset)
+    if watched:
+        steps = range(slots.offset - n, slots.offset)
         positions = archive.positions(columns.flatten(2, 3))
         slots.observer.recalled(steps, positions)
     return args._replace(recalled=recalled)

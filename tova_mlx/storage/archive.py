@@ -15,9 +15,7 @@ import mlx.core as mx
 
 from .entries import (
     Entries,
-    after,
     arrays_of,
-    dequantized,
     each,
     gather,
     is_plain,
@@ -28,22 +26,16 @@ from .formats import Storage
 
 # Positions for which room is made at least, and by which it grows.
 ROOM = 1024
-# Positions whose keys are compared with queries at once.
+# Positions that are attended to at once.
 TILE = 4096
-# Neighbours whose mean value stands for those that are not read.
-MEAN_OF = 4
 
 
 class Tile(NamedTuple):
-    """What is read of n positions by whoever chooses among them.
-
-    there: which hold a row, bool [B, H', n]; means: of every 4 positions, the mean of
-    their rows' values [B, n_kv_heads, n / 4, head_dim].
-    """
+    """Keys and values of n positions; there: which hold a row, bool [B, H', n]."""
 
     keys: Entries
+    values: Entries
     there: mx.array
-    means: Entries
 
 
 class Rows(NamedTuple):
@@ -67,8 +59,7 @@ class Archive:
     """Rows evicted, of one layer. Never changed in place.
 
     storage: their format; count: how many each batch row and head was given, lost ones
-    too; there: bool [B, H', C], which positions hold one; means: of every 4 positions,
-    the mean of their rows' values [B, n_kv_heads, C / 4, head_dim], in their format.
+    too; there: bool [B, H', C], which positions hold one.
     """
 
     storage: Storage
@@ -77,7 +68,6 @@ class Archive:
     keys: Any = None
     values: Any = None
     there: mx.array | None = None
-    means: Any = None
 
     def __deepcopy__(self, memo: Any) -> Archive:
         # What is never changed need not be doubled.
@@ -86,17 +76,11 @@ class Archive:
     @property
     def arrays(self) -> tuple[mx.array, ...]:
         there = () if self.there is None else (self.there,)
-        entries = (self.keys, self.values, self.means)
-        return (*(a for e in entries for a in arrays_of(e)), *there)
+        return (*arrays_of(self.keys), *arrays_of(self.values), *there)
 
     @property
     def nbytes(self) -> int:
         return sum(a.nbytes for a in self.arrays)
-
-    @property
-    def held(self) -> int:
-        """Rows that are there, of each batch row and head."""
-        return self.count - self.lost
 
     def empty(self) -> Archive:
         """Return one that holds nothing."""
@@ -108,14 +92,13 @@ class Archive:
             return self
         keys, values, positions = stored_as(self.storage, rows)
         grown = self._with_room(keys, values, positions, seen)
-        new = replace(
+        return replace(
             grown,
             count=self.count + rows.length,
             keys=write(grown.keys, keys, positions),
             values=write(grown.values, values, positions),
             there=_put(grown.there, positions, True),
         )
-        return new.with_means(positions)
 
     def without(self, rows: Rows) -> Archive:
         """Return the archive before rows were added."""
@@ -124,34 +107,7 @@ class Archive:
         if rows.length == self.count:
             return self.empty()
         there = _put(self.there, rows.positions, False)
-        old = replace(self, count=self.count - rows.length, there=there)
-        return old.with_means(rows.positions)
-
-    def with_means(self, positions: mx.array | None = None) -> Archive:
-        """Return the archive with all means anew, or those that positions are part of.
-
-        Each is computed of all its rows, so that it does not depend on when they came,
-        or on rows that were taken back.
-        """
-        assert self.there is not None
-        n = self.room // MEAN_OF
-        if positions is None or positions.shape[2] >= n:
-            groups = mx.broadcast_to(mx.arange(n), (*self.there.shape[:2], n))
-        else:
-            groups = positions // MEAN_OF
-        means = self.means
-        for start in range(0, groups.shape[2], TILE):
-            some = groups[..., start : start + TILE]
-            columns = rows_of(some, MEAN_OF)
-            there = mx.broadcast_to(self.there, (*columns.shape[:2], self.room))
-            values = gather(self.values, columns)
-            new = means_of(self.storage, values, gather(there, columns))
-            if means is None:
-                means = pad(each(lambda a: a[:, :, :0], new), 0, n)
-            means = write(means, new, some)
-        # They are in no state, so that who evaluates one evaluates them with it.
-        there = after(self.there, list(arrays_of(means)))
-        return replace(self, means=means, there=there)
+        return replace(self, count=self.count - rows.length, there=there)
 
     @property
     def n_kv_heads(self) -> int:
@@ -168,25 +124,14 @@ class Archive:
         return 0 if self.there is None else self.there.shape[2]
 
     def tiles(self) -> Iterator[Tile]:
-        """Yield what is read of all positions, in order."""
+        """Yield all positions, in order."""
         assert self.there is not None
         for start, stop in tiles(self.room):
-            first, last = start // MEAN_OF, stop // MEAN_OF
-            yield Tile(
-                each(lambda a, i=start, j=stop: a[:, :, i:j], self.keys),
-                self.there[..., start:stop],
-                each(lambda a, i=first, j=last: a[:, :, i:j], self.means),
+            keys, values = (
+                each(lambda a, i=start, j=stop: a[:, :, i:j], entries)
+                for entries in (self.keys, self.values)
             )
-
-    def values_of_tiles(self) -> Iterator[Entries]:
-        """Yield values, of the same positions."""
-        for start, stop in tiles(self.room):
-            yield each(lambda a, i=start, j=stop: a[:, :, i:j], self.values)
-
-    def take(self, columns: mx.array) -> Rows:
-        """Return the rows at positions [B, n_kv_heads, n]."""
-        keys, values = (gather(e, columns) for e in (self.keys, self.values))
-        return Rows(keys, values, self.positions(columns))
+            yield Tile(keys, values, self.there[..., start:stop])
 
     def positions(self, columns: mx.array) -> mx.array:
         """Return the positions [B, n_kv_heads, n] themselves, -1 where no row is."""
@@ -199,7 +144,7 @@ class Archive:
         assert self.there is not None
         # Those that are not there come last.
         last = mx.where(self.there, mx.arange(self.room), self.room)
-        positions = mx.sort(last, axis=2)[..., : self.held]
+        positions = mx.sort(last, axis=2)[..., : self.count - self.lost]
         positions = positions.astype(mx.int32)
         keys, values = (gather(e, positions) for e in (self.keys, self.values))
         return Rows(keys, values, positions)
@@ -225,13 +170,11 @@ class Archive:
             empty = mx.zeros((*positions.shape[:2], 0), mx.bool_)
             self = replace(self, keys=none[0], values=none[1], there=empty)
         more = room - there
-        means = self.means
         return replace(
             self,
             keys=pad(self.keys, 0, more),
             values=pad(self.values, 0, more),
             there=pad(self.there, 0, more),
-            means=None if means is None else pad(means, 0, more // MEAN_OF),
         )
 
 
@@ -245,21 +188,6 @@ def rows_of(blocks: mx.array, size: int) -> mx.array:
     """Return the positions [..., size n] of blocks [..., n] of so many, int32."""
     columns = blocks[..., None] * size + mx.arange(size)
     return columns.flatten(-2, -1).astype(mx.int32)
-
-
-def means_of(storage: Storage, values: Entries, there: mx.array) -> Entries:
-    """Return means of every 4 values [B, n_kv_heads, 4 n, head_dim].
-
-    there: bool [B, H', 4 n], which of the values count.
-    """
-    shape = (*values.shape[:2], -1, MEAN_OF, values.shape[3])
-    kept = mx.where(there[..., None], dequantized(values), 0).reshape(shape)
-    counts = there.reshape(*there.shape[:2], -1, MEAN_OF).sum(axis=3)
-    means = kept.sum(axis=3) / mx.maximum(counts, 1)[..., None]
-    if is_plain(values):
-        return means.astype(values.dtype)
-    assert storage.values is not None
-    return storage.values.quantize(means)
 
 
 def stored_as(storage: Storage, rows: Rows) -> Rows:

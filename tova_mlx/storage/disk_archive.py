@@ -15,20 +15,10 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CacheStateError
-from .archive import (
-    MEAN_OF,
-    TILE,
-    Archive,
-    Rows,
-    Tile,
-    means_of,
-    rows_of,
-    stored_as,
-    tiles,
-)
+from .archive import Archive, Rows, Tile, stored_as, tiles
 from .disk_index import DiskIndex
 from .entries import Entries, arrays_of, each, pad, to_mlx, with_arrays
-from .formats import PLAIN, Storage
+from .formats import Storage
 from .log_directory import LogDirectory
 from .row_log import RowLog
 
@@ -56,7 +46,7 @@ class Disk:
         # How often rows were taken back, and at how many each time.
         self.cuts: list[int] = []
         self._log: RowLog | None = None
-        self._storage, self._like = PLAIN, {}
+        self._like: dict[str, Any] = {}
 
     def __deepcopy__(self, memo: Any) -> Disk:
         return self
@@ -66,12 +56,6 @@ class Disk:
         """Rows given so far, those that could not be written too."""
         logged = 0 if self._log is None else self._log.count
         return self.lost_before + logged + self.lost_after
-
-    @property
-    def lost(self) -> int:
-        """Rows given that are gone, by a limit or because they were not written."""
-        gone = 0 if self._log is None else self._log.first
-        return self.lost_before + gone + self.lost_after
 
     @property
     def nbytes(self) -> int:
@@ -101,9 +85,6 @@ class Disk:
         if written:
             positions = np.moveaxis(parts["positions"][:written], 0, 2)
             self.index.put(positions, first)
-            self._write_means(positions)
-        if self._log.first > oldest:
-            self._write_means(self.index.between(oldest, self._log.first))
 
     def truncate(self, count: int) -> None:
         """Forget rows from `count` on."""
@@ -116,7 +97,7 @@ class Disk:
         kept = min(count - self.lost_before, self._log.count)
         self.lost_after = count - self.lost_before - kept
         self._log.truncate(kept)
-        self._write_means(self.index.cut(kept))
+        self.index.cut(kept)
 
     @property
     def n_kv_heads(self) -> int:
@@ -127,21 +108,9 @@ class Disk:
         assert self._log is not None
         for start, stop in tiles(self.index.room):
             there = np.asarray(self.index.places[..., start:stop]) >= self._log.first
-            (keys,) = self._take(self.index.numbers(self._all(start, stop)), "keys")
-            few = slice(start // MEAN_OF, stop // MEAN_OF)
-            means = [to_mlx(np.asarray(a[:, :, few])) for a in self.index.means]
-            yield Tile(keys, to_mlx(there), with_arrays(self._like["values"], means))
-
-    def values_of_tiles(self) -> Iterator[Entries]:
-        """As `Archive.values_of_tiles`."""
-        for start, stop in tiles(self.index.room):
-            yield self._take(self.index.numbers(self._all(start, stop)), "values")[0]
-
-    def take(self, columns: mx.array) -> Rows:
-        """As `Archive.take`."""
-        numbers = self.index.numbers(np.array(columns))
-        keys, values = self._take(numbers, "keys", "values")
-        return Rows(keys, values, self._there(numbers, columns))
+            numbers = self.index.numbers(self._all(start, stop))
+            keys, values = self._take(numbers)
+            yield Tile(keys, values, to_mlx(there))
 
     def positions(self, columns: mx.array) -> mx.array:
         """As `Archive.positions`."""
@@ -164,25 +133,9 @@ class Disk:
         self._log.check_again()
         numbers = np.arange(self._log.first, self._log.count)
         wanted = np.broadcast_to(numbers, (*self._shape, len(numbers)))
-        keys, values = self._take(wanted, "keys", "values")
+        keys, values = self._take(wanted)
         positions = self._log.take(numbers)["positions"].transpose(1, 2, 0)
         return Rows(keys, values, mx.array(np.ascontiguousarray(positions)))
-
-    def _write_means(self, positions: np.ndarray) -> None:
-        """Compute the means that these positions are part of anew."""
-        assert self._log is not None
-        changed = np.unique(positions // MEAN_OF)
-        for start in range(0, len(changed), TILE):
-            groups = changed[start : start + TILE]
-            columns = np.array(rows_of(to_mlx(groups), MEAN_OF))
-            numbers = self.index.numbers(
-                np.broadcast_to(columns, (*self._shape, len(columns)))
-            )
-            (values,) = self._take(numbers, "values")
-            there = to_mlx(numbers >= self._log.first)
-            means = means_of(self._storage, values, there)
-            for array, new in zip(self.index.means, arrays_of(means), strict=True):
-                array[:, :, groups - self.index.start // MEAN_OF] = np.array(new)
 
     def _begin(self, storage: Storage, rows: Rows) -> None:
         arrays = _named(rows.keys, rows.values)
@@ -196,31 +149,28 @@ class Disk:
         sizes = {
             n: np.dtype(t).itemsize * int(np.prod(s)) for n, (t, s) in parts.items()
         }
-        values = sum(size for name, size in sizes.items() if name.startswith("values"))
-        # With its place, which takes what its position does, and its part of a mean.
-        per_row = sum(sizes.values()) + sizes["positions"] + values // MEAN_OF
+        # With its place, which takes what its position does.
+        per_row = sum(sizes.values()) + sizes["positions"]
         limit_rows = None if self.limit is None else max(1, self.limit // per_row)
         entries = {"keys": rows.keys, "values": rows.values}
         self._like = {n: each(lambda a: a[:, :, :0], e) for n, e in entries.items()}
         self._log = self.directory.log(self.name, parts, limit_rows)
-        self._storage, self._shape = storage, (batch, heads)
-        means = [np.array(a) for a in arrays_of(self._like["values"])]
-        self.index = DiskIndex(self.directory, self.name, (batch, choosers), means)
+        self._shape = batch, heads
+        self.index = DiskIndex(self.directory, self.name, (batch, choosers))
 
-    def _take(self, numbers: np.ndarray, *parts: str) -> list[Any]:
-        """Keys or values of rows by number [B, n_kv_heads, n]; any for those gone."""
+    def _take(self, numbers: np.ndarray) -> list[Entries]:
+        """Keys and values of rows by number [B, n_kv_heads, n]; any for those gone."""
         assert self._log is not None
         if not self._log.count:
             # Not one could be written.
-            return [pad(self._like[part], 0, numbers.shape[2]) for part in parts]
+            return [pad(like, 0, numbers.shape[2]) for like in self._like.values()]
         numbers = np.maximum(numbers, self._log.first)
         some, index = np.unique(numbers, return_inverse=True)
         index = index.reshape(numbers.shape)
         taken = self._log.take(some)
         b, h, _ = np.ogrid[tuple(map(slice, numbers.shape))]
         found = []
-        for part in parts:
-            like = self._like[part]
+        for part, like in self._like.items():
             arrays = (
                 mx.array(taken[f"{part}{i}"][index, b, h])
                 for i in range(len(arrays_of(like)))
@@ -283,11 +233,6 @@ class DiskArchive:
         return replace(self, count=count, given=given)
 
     @property
-    def held(self) -> int:
-        """As `Archive.held`, of an archive that is `synced`."""
-        return self.count - self.disk.lost
-
-    @property
     def start(self) -> int:
         return self.disk.index.start
 
@@ -302,14 +247,6 @@ class DiskArchive:
     def tiles(self) -> Iterator[Tile]:
         """As `Archive.tiles`. Raises CacheStateError: rows that cannot be had."""
         return self.disk.tiles()
-
-    def values_of_tiles(self) -> Iterator[Entries]:
-        """As `Archive.values_of_tiles`, and as `tiles`."""
-        return self.disk.values_of_tiles()
-
-    def take(self, columns: mx.array) -> Rows:
-        """As `Archive.take`, and as `tiles`."""
-        return self.disk.take(columns)
 
     def positions(self, columns: mx.array) -> mx.array:
         return self.disk.positions(columns)

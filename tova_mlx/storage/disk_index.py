@@ -1,43 +1,34 @@
-"""Where on a disk the row of each position is, and the means of values.
+"""Where on a disk the row of each position is.
 
-Both are in files that nobody else sees, for positions from `start` on. A row is known
-by its number in a log.
+It is in a file that nobody else sees, for positions from `start` on. A row is known by
+its number in a log.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from ..errors import CacheStateError
-from .archive import MEAN_OF, ROOM
+from .archive import ROOM
 from .log_directory import LogDirectory
 
 
 class DiskIndex:
     """What there is of every position of one layer.
 
-    directory, name: of the layer's log; shape: (B, H'); means: arrays of no values [B,
-    n_kv_heads, 0, ·].
+    directory, name: of the layer's log; shape: (B, H').
 
     start: below it no position has a row; places: int32 [B, H', C], the number of each
-    position's row, -1 for none; means: arrays [B, n_kv_heads, C / 4, ·].
+    position's row, -1 for none.
     """
 
-    def __init__(
-        self,
-        directory: LogDirectory,
-        name: str,
-        shape: tuple[int, int],
-        means: Sequence[np.ndarray],
-    ):
+    def __init__(self, directory: LogDirectory, name: str, shape: tuple[int, int]):
         self.directory, self.name, self.start = directory, name, 0
-        self.places, self.means = np.zeros((*shape, 0), np.int32), list(means)
+        self.places = np.zeros((*shape, 0), np.int32)
 
     @property
     def nbytes(self) -> int:
-        return sum(a.nbytes for a in (self.places, *self.means))
+        return self.places.nbytes
 
     @property
     def room(self) -> int:
@@ -55,16 +46,9 @@ class DiskIndex:
         numbers = np.broadcast_to(numbers, positions.shape)
         np.put_along_axis(self.places, positions - self.start, numbers, axis=2)
 
-    def between(self, first: int, stop: int) -> np.ndarray:
-        """Return the positions of rows with these numbers, of any row and head."""
-        found = (self.places >= first) & (self.places < stop)
-        return self.start + np.nonzero(found)[2]
-
-    def cut(self, count: int) -> np.ndarray:
-        """Forget the rows from number `count` on; return their positions."""
-        gone = self.places >= count
-        self.places[gone] = -1
-        return self.start + np.nonzero(gone)[2]
+    def cut(self, count: int) -> None:
+        """Forget the rows from number `count` on."""
+        self.places[self.places >= count] = -1
 
     def make_room(self, positions: np.ndarray, seen: int, oldest: int) -> None:
         """Have places for these positions and all others up to `seen`.
@@ -82,29 +66,22 @@ class DiskIndex:
         # A quarter more than that, so that all that is copied is a few times the whole.
         room = -(-5 * (seen - start) // (4 * ROOM)) * ROOM
         try:
-            places = self._mapped(self.places, 1, start, room, -1)
-            means = [self._mapped(a, MEAN_OF, start, room, 0) for a in self.means]
+            places = self._moved(start, room)
         except OSError as error:
             raise CacheStateError(
                 f"archive {self.directory.path}: cannot be written ({error.strerror}). "
                 "Make room on the disk, or archive in memory."
             ) from error
-        self.places, self.means, self.start = places, means, start
+        self.places, self.start = places, start
 
-    def _mapped(
-        self, old: np.ndarray, each: int, start: int, room: int, fill: int
-    ) -> np.ndarray:
-        """The array of other positions, in a file. Raises OSError.
-
-        each: for how many positions a number is.
-        """
-        shape = (*old.shape[:2], room // each, *old.shape[3:])
-        new = np.full(shape, fill, old.dtype)
-        shift = (self.start - start) // each
+    def _moved(self, start: int, room: int) -> np.ndarray:
+        """The places of other positions, in a file. Raises OSError."""
+        new = np.full((*self.places.shape[:2], room), -1, np.int32)
         # What is left over on either side has no rows.
-        there, here = new[:, :, max(0, shift) :], old[:, :, max(0, -shift) :]
+        there = new[..., max(0, self.start - start) :]
+        here = self.places[..., max(0, start - self.start) :]
         n = min(there.shape[2], here.shape[2])
-        there[:, :, :n] = here[:, :, :n]
+        there[..., :n] = here[..., :n]
         # Written before it is mapped: a page that a full disk has no room for would
         # end the process.
         with self.directory.nameless(self.name) as file:

@@ -89,7 +89,6 @@ def fill_recall(recall: Recall, arrays: Any, slots: Slots) -> Recall:
             there=there,
         )
         _check_archive(archive, slots, flushed)
-        archive = archive.with_means()
     elif any(a is not None for a in (keys, values, there)):
         raise ValueError("an archive, but nothing was archived")
     rows = _rows(waiting, slots, max(0, left))
