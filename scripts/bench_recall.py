@@ -64,7 +64,7 @@ def milliseconds(archive: Any, length: int, repeats: int) -> float:
         queries = mx.random.normal(shape)
         mx.eval(queries)
         start = time.perf_counter()
-        recalled, read = recall(queries, archive, SLOTS)
+        recalled, read = recall(queries, archive, shown=SLOTS)
         mx.eval(*recalled, read)
         times.append(time.perf_counter() - start)
     return 1000 * LAYERS * statistics.median(times[1:]) / length

@@ -128,7 +128,7 @@ class Adoption:
     def _rules(self, world: World, cache: PolicyKVCache) -> None:
         oracle, (n_heads, n_kv_heads) = self.oracle, self.setup.heads
         oracle.rule, recall = self.slots.rule.as_dict(), self.slots.recall
-        oracle.archived = recall.period if recall else 0
+        oracle.recalls = recall is not None
         heads = np.arange(n_heads)
         per_head = self.slots.rule.per_head
         oracle.choosers = np.split(heads, n_kv_heads) if per_head else [heads]
@@ -147,10 +147,8 @@ class Adoption:
         if recall is not None and recall.archive.count:
             rows = recall.archive.synced().rows()
             self._evicted(self._learn(rows.positions, rows[:2]), LONG_AGO)
-        if recall is not None and (rows := recall.joined()) is not None:
-            # They can come back after the next cut.
-            cut = now // recall.period * recall.period
-            self._evicted(self._learn(rows.positions, rows[:2]), cut - 1)
+        if recall is not None and (rows := recall.waiting) is not None:
+            self._evicted(self._learn(rows.positions, rows[:2]), LONG_AGO)
         if slots.victim is not None:
             places = (slots.keys_to_read, slots.values)
             rows = [gather(e, slots.victim) for e in places]

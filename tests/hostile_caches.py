@@ -162,7 +162,7 @@ def fits(cache: PolicyKVCache, setup: Setup) -> bool:
         return False
     limits = [(a, 16) for a in (slots.scores, slots.value_norms) if a is not None]
     recall = slots.recall
-    for rows in (slots, recall and recall.archive, recall and recall.joined()):
+    for rows in (slots, recall and recall.archive, recall and recall.waiting):
         if rows is not None and rows.keys is not None:
             # By larger keys the least weights are 0 in float32, and all alike.
             limits += [(dequantized(rows.keys), 3), (dequantized(rows.values), 16)]

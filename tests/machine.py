@@ -70,7 +70,7 @@ class Setup:
     period: int = 0
     # First tokens that are pinned.
     pin: int = 0
-    # Slots for recall beside max_size, and tokens after which evicted ones come back.
+    # Slots for recall beside max_size, and tokens after which they are archived.
     recall: int = 0
     archived: int = 4
 
@@ -209,8 +209,12 @@ class Checks:
         sinks = learned(self.setup.heads) if self.setup.sinks else None
         rule, once = cache.rule.as_dict(), self.setup.prefill == "once"
         turns = (self.setup.period, self.setup.rotate) if self.setup.period else None
-        back = self.setup.archived if self.setup.recall else 0
+        back = bool(self.setup.recall)
         return Layer(rule, *self.setup.heads, SCALE, sinks, once, turns, back)
+
+    def bias(self, kind):
+        """What a mask of this kind adds: nothing where it may be of evicted tokens."""
+        return bias_of(None if self.setup.recall else kind)
 
     def uids(self, n):
         self.next_uid += n
@@ -235,7 +239,7 @@ class Checks:
         """
         queries = self.content(layer, uids)[0].swapaxes(0, 1).astype(np.float64)
         tokens = [self.token(layer, uid) for uid in uids]
-        bias = bias_of(kind)
+        bias = self.bias(kind)
         COUNTS["tokens"] += len(uids)
 
         first, budget = len(oracle.tokens), itertools.count()
@@ -462,7 +466,7 @@ class World(Checks):
             for h in range(n_heads):
                 columns = [tokens[p] for p in places[h // per]]
                 for i, uid in enumerate(uids):
-                    mask[b, h, i] = [bias_of(kind)(uid, c) for c in columns]
+                    mask[b, h, i] = [self.bias(kind)(uid, c) for c in columns]
         if isinstance(own, mx.array):
             mask = np.where(np.array(own), mask, -np.inf)
         elif n > 1:
@@ -498,7 +502,7 @@ class World(Checks):
         others = self.content(layer, uids)[1].swapaxes(0, 1).astype(np.float64)
         for uid, query, step, mine in zip(uids, others, steps, got, strict=True):
             for heads, places in zip(oracle.choosers, step.seen, strict=True):
-                _, outputs = oracle.attend(query, places, bias_of(kind), uid, heads)
+                _, outputs = oracle.attend(query, places, self.bias(kind), uid, heads)
                 for h in heads:
                     assert np.abs(outputs[h] - mine[h]).max() < CLOSE
 

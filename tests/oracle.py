@@ -52,10 +52,10 @@ class Layer:
         sinks=None,
         once=False,
         rotation=None,
-        archived=0,
+        recalls=False,
     ):
-        # Tokens after which evicted ones are attended to again; 0: never.
-        self.archived = archived
+        # Whether what was evicted is attended to all the same.
+        self.recalls = recalls
         # With rotation (period, function of a vector and an angle's position): keys and
         # queries are told unrotated.
         self.period, self.rotate = rotation or (0, None)
@@ -143,7 +143,7 @@ class Layer:
             )
             for h in heads:
                 out[h] = outputs[h]
-            if self.archived:
+            if self.recalls:
                 self._recall(c, query, places, bias, token.uid, out)
             received = np.zeros(len(held))
             for h in heads:
@@ -193,11 +193,9 @@ class Layer:
 
     def _recall(self, c, query, places, bias, uid, out):
         """Attend to what was evicted too; nothing of it is scored."""
-        last_cut = (len(self.tokens) - 1) // self.archived * self.archived
-        back = [p for p, step in self.evicted[c].items() if step < last_cut - 1]
         for h in self.choosers[c]:
             kv = h // self.group
-            rows = [self.tokens[p] for p in [*places, *back]]
+            rows = [self.tokens[p] for p in [*places, *self.evicted[c]]]
             logits = np.array([t.key[kv] @ query[h] * self.scale for t in rows])
             logits[: len(places)] += [bias(uid, self.tokens[p].uid) for p in places]
             sink = [] if self.sinks is None else [self.sinks[h]]

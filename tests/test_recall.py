@@ -77,31 +77,30 @@ def expected(queries, keys, values, rule):
     windows = {}
     outputs = np.zeros((n_heads, LENGTH, values.shape[2]))
     for t in range(LENGTH):
-        last_cut = t // 128 * 128
-        there = [
-            [p for p, step in rows.items() if step < last_cut - 1] for rows in evicted
-        ]
         norm = np.linalg.norm(values[:, t], axis=1)
         token = oracle.Token(t, keys[:, t], values[:, t], norm)
+        # What was evicted before this token, and is not held.
+        last_cut = t // SLOTS * SLOTS
+        archived = [
+            [p for p, step in rows.items() if step < last_cut - 1] for rows in evicted
+        ]
         (step,) = layer.read([queries[:, t]], [token], lambda q, k: 0.0)
-        for kv, archived in enumerate(there):
+        for kv in range(n_kv_heads):
             c = kv if len(step.seen) > 1 else 0
-            seen = step.seen[c]
-            for p in set(seen) - set(layer.positions()[c]):
+            for p in set(step.seen[c]) - set(layer.positions()[c]):
                 evicted[kv][p] = t
-            assert not set(seen) & set(archived)
-            for h in range(kv * group, kv * group + group):
-                # As in the full cache, but for those that wait.
-                read = [*seen, *archived]
-                weights = reference.softmax(keys[kv, read] @ queries[h, t] * SCALE)
-                outputs[h, t] = weights @ values[kv, read]
+        # As the full cache, whatever is held.
+        for h in range(n_heads):
+            logits = keys[h // group, : t + 1] @ queries[h, t] * SCALE
+            weights = reference.softmax(logits)
+            outputs[h, t] = weights @ values[h // group, : t + 1]
         windows[t] = [
             set().union(
                 *by_attention(
-                    archived, keys[kv], queries[kv * group : kv * group + group, t]
+                    rows, keys[kv], queries[kv * group : kv * group + group, t]
                 )[: SLOTS // 16]
             )
-            for kv, archived in enumerate(there)
+            for kv, rows in enumerate(archived)
         ]
     return outputs, windows
 
@@ -162,7 +161,7 @@ def test_it_is_token_by_token_whatever_the_chunks(policy, options, heads):
 def snapshot(cache):
     """All that a recall holds and what of it will be read."""
     known = cache.slots.recall
-    waiting = [r.positions for r in known.waiting]
+    waiting = [] if known.waiting is None else [known.waiting.positions]
     if cache.slots.victim is not None:
         # It waits in its slot.
         positions, victim = cache.slots.positions, cache.slots.victim
@@ -220,7 +219,7 @@ def test_tokens_are_taken_back_over_several_flushes(policy, chunks):
     feed(cache, arrays, [250])
     never = snapshot(cache)
     feed(cache, others, chunks, 250)
-    assert [f.offset for f in cache.slots.recall.flushes] == [256, 384]
+    assert [f.offset for f in cache.slots.recall.flushes] == [*range(256, 400, SLOTS)]
     assert cache.trim(150) == 150
     assert_same(never, snapshot(cache))
 
@@ -327,7 +326,7 @@ def test_bytes_stay_below_what_is_said_and_the_archive_is_counted_apart():
             row = describe([cache]).rows[0]
             assert row.bytes_now == cache.slots.nbytes
             assert row.archive_bytes == cache.archive_nbytes > 0
-            assert row.archived == (LENGTH // 128 * 128) - 1 - LIMIT
+            assert row.archived == (LENGTH // SLOTS * SLOTS) - 1 - LIMIT
             assert 0 < row.recalled <= SLOTS
 
 
@@ -482,7 +481,7 @@ def test_a_limit_on_disk_is_kept_and_the_oldest_go(
     feed(cache, arrays, [LENGTH - 30])
     disk = cache.slots.recall.archive.disk
     # All but what there is of every position, seen or soon to be.
-    index = 4 * disk.index.room * (disk.index.places.shape[1] + 2 * 10 // 4)
+    index = disk.index.nbytes
     assert 0 < disk.nbytes - index < 1.1 * limit
     assert disk.index.room <= 1.25 * (LENGTH - disk.index.start) + 64
     found = set(disk.rows().positions.flatten().tolist())
@@ -494,8 +493,9 @@ def test_a_limit_on_disk_is_kept_and_the_oldest_go(
     path = save_prompt_cache(tmp_path / "prompt", [cache])
     (loaded,), _ = load_prompt_cache(path)
     assert loaded.slots.recall.archive.lost > 0
-    want = feed(cache, arrays, [30], LENGTH - 30)
-    assert np.abs(feed(loaded, arrays, [30], LENGTH - 30) - want).max() < 1e-6
+    # Until rows go to the archive again: that in memory has no limit.
+    want = feed(cache, arrays, [25], LENGTH - 30)
+    assert np.abs(feed(loaded, arrays, [25], LENGTH - 30) - want).max() < 1e-6
 
 
 @pytest.fixture(scope="module")
@@ -677,7 +677,7 @@ def test_a_killed_run_leaves_a_directory_that_can_be_used_again(model, tmp_path)
     caches = make_prompt_cache(model, 60, recall=32, archive=place)
     assert not list(place.rglob("*.rows"))
     tiny.feed(model, tiny.tokens(300), caches, 100)
-    assert caches[0].archived == 256 - 1 - 28
+    assert caches[0].archived == 288 - 1 - 28
     del caches
     gc.collect()
     assert not list(place.iterdir())
@@ -702,12 +702,12 @@ def test_an_archive_is_read_in_tiles_as_in_one(monkeypatch, length, many):
     queries = mx.array(rng.normal(size=(1, 6, length, 64)).astype(np.float32) / 4)
     rows = Rows(mx.array(keys), mx.array(values), mx.array(there, mx.int32)[None, None])
     archive = Archive(PLAIN).add(rows, room)
-    want, columns = recalled.recall(queries, archive, n, newest=length)
+    want, columns = recalled.recall(queries, archive, shown=n, newest=length)
     monkeypatch.setattr("tova_mlx.storage.archive.TILE", 64)
     monkeypatch.setattr(recalled, "_MANY", many)
-    got, others = recalled.recall(queries, archive, n, newest=length)
+    got, others = recalled.recall(queries, archive, shown=n, newest=length)
     assert np.array_equal(columns, others)
-    _, last = recalled.recall(queries, archive, n)
+    _, last = recalled.recall(queries, archive, shown=n)
     assert np.array_equal(columns[:, :, -1:], last)
     for a, b in zip(got, want, strict=True):
         assert np.abs(np.array(a) - np.array(b)).max() < 1e-5
@@ -727,7 +727,7 @@ def test_logits_far_below_zero_count():
     values = mx.random.normal((1, 1, 5, 64))
     there = mx.arange(5, dtype=mx.int32)[None, None]
     archive = Archive(PLAIN).add(Rows(mx.full((1, 1, 5, 64), -4.0), values, there), 5)
-    got, _ = recalled.recall(mx.ones((1, 1, 1, 64)), archive, 16)
+    got, _ = recalled.recall(mx.ones((1, 1, 1, 64)), archive, shown=16)
     assert mx.allclose(got.output, values.mean(axis=2, keepdims=True), atol=1e-5)
     assert abs(got.lse.item() - (np.log(5) - 256)) < 1e-4
 
@@ -739,7 +739,7 @@ def test_one_that_has_evicted_nothing_reads_nothing(monkeypatch):
     rows = mx.random.normal((2, 1, 128, 64))
     archive = Archive(PLAIN, 20, 0, rows, rows, there)
     queries = mx.random.normal((2, 2, 3, 64))
-    got, _ = recalled.recall(queries, archive, 16)
+    got, _ = recalled.recall(queries, archive, shown=16)
     slots, lse = mx.random.normal((2, 2, 3, 64)), mx.zeros((2, 2, 3, 1))
     merged = got.merged(slots, lse)
     assert mx.array_equal(merged[0], slots[0])
@@ -768,8 +768,8 @@ def test_places_on_disk_move_up_with_the_rows_and_down_again(monkeypatch, tmp_pa
     assert 3 in positions
     assert positions[0] > 300
     queries = mx.array(rng.normal(size=(1, 2, 5, 64)).astype(np.float32) / 4)
-    want, read = recalled.recall(queries, Archive(PLAIN).add(kept, 560), 32)
-    got, also = recalled.recall(queries, archive, 32)
+    want, read = recalled.recall(queries, Archive(PLAIN).add(kept, 560), shown=32)
+    got, also = recalled.recall(queries, archive, shown=32)
     assert np.array_equal(read, also)
     for a, b in zip(got, want, strict=True):
         assert np.abs(np.array(a) - np.array(b)).max() < 1e-5

@@ -130,7 +130,11 @@ def attend_block(
         scores_before += steps.scores_before(slots.rule.max_size)
         held, scores = _take(columns, kept), _take(steps.scores, kept)
         blocks.append(block._replace(visible=steps.visible()))
-        outputs.append(cut.attend(blocks[-1]))
+        if slots.recall is None:
+            outputs.append(cut.attend(blocks[-1]))
+    if slots.recall is not None:
+        # Nothing is hidden that was evicted.
+        outputs.append(_attend_to_all(queries, keys, values, args))
     return BlockResult(
         _joined(outputs),
         held,
@@ -140,6 +144,15 @@ def attend_block(
         scores_before,
         blocks,
     )
+
+
+def _attend_to_all(
+    queries: mx.array, keys: Entries, values: Entries, args: AttentionArgs
+) -> mx.array:
+    length, n = queries.shape[2], keys.shape[2]
+    visible = mx.arange(n) <= mx.arange(n - length, n)[:, None]
+    args = args.with_mask(merged(visible, args.array_mask, queries.dtype))
+    return plain_attention(queries, keys, values, args)
 
 
 def attend_again(

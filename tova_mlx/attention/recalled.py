@@ -1,8 +1,8 @@
-"""What a chunk's queries read of an archive: all of it.
+"""What a chunk's queries read of what was evicted: all of it.
 
-The weights are those of a softmax over the slots and all archived rows, as in the full
-cache. Reading few rows, even the best of thousands by exact choice, costs more quality
-than it saves time: see docs/results.md.
+The weights are those of a softmax over all tokens, as in the full cache. Reading few
+rows, even the best of thousands by exact choice, costs more quality than it saves time:
+see CHANGELOG.md.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..policies import RECALL_BLOCK
-from ..storage.archive import Archive, rows_of
+from ..storage.archive import Archive, Rows, Tile, rows_of
 from ..storage.device import on_gpu
 from ..storage.disk_archive import DiskArchive
 from ..storage.entries import product
@@ -25,7 +25,7 @@ _LOWEST = mx.finfo(mx.float32).min
 
 
 class Recalled(NamedTuple):
-    """Output [B, n_heads, L, D] over all archived rows.
+    """Output [B, n_heads, L, D] over all evicted rows.
 
     lse: logsumexp of their logits [B, n_heads, L, 1].
     """
@@ -44,41 +44,71 @@ class Recalled(NamedTuple):
 
 
 def recall(
-    queries: mx.array, archive: Archive | DiskArchive, slots: int, *, newest: int = 1
-) -> tuple[Recalled, mx.array]:
-    """Attend to all rows of an archive.
+    queries: mx.array,
+    archive: Archive | DiskArchive,
+    waiting: Rows | None = None,
+    *,
+    shown: int,
+    newest: int = 1,
+) -> tuple[Recalled, mx.array | None]:
+    """Attend to all evicted rows: those of an archive, and those that wait for it.
 
-    queries: [B, n_heads, L, head_dim], scaled; slots: a multiple of 16. Returns, for
-    so many of the newest queries, the positions that each attends to most too, in
-    blocks of 16, whether the archive has a row there or not: int32 [B, n_kv_heads,
-    newest, slots], no more than the positions that it has room for. The heads of a KV
-    head have them together.
+    queries: [B, n_heads, L, head_dim], scaled; shown: a multiple of 16. Returns, for so
+    many of the newest queries, the positions that each attends to most too, in blocks
+    of 16, whether the archive has a row there or not: int32 [B, n_kv_heads, newest,
+    shown], no more than the positions that it has room for; None if it has no row. The
+    heads of a KV head have them together.
     """
     batch, n_heads, length, width = queries.shape
-    heads = archive.n_kv_heads
+    heads = archive.n_kv_heads if waiting is None else waiting.keys.shape[1]
     group = n_heads // heads
     asked = queries.astype(mx.float32).reshape(batch, heads, group * length, width)
-    output, total, top = mx.array(0.0), mx.array(0.0), mx.array(_LOWEST)
-    best = []
+    sums, best = _NOTHING, []
     for tile in archive.tiles():
-        logits = product(asked, tile.keys, transpose=True)
-        logits = mx.where(tile.there[:, :, None], logits, -mx.inf)
+        logits = _logits(asked, tile)
         best.append(_best_of_blocks(logits, group, newest))
-        highest = mx.maximum(top, logits.max(axis=-1, keepdims=True))
-        weights, before = _exponential(logits - highest), mx.exp(top - highest)
-        output = output * before + product(weights, tile.values, transpose=False)
-        total = total * before + weights.sum(axis=-1, keepdims=True)
-        top = highest
+        sums = sums.with_tile(logits, tile)
         if length * archive.room > _MANY:
             # On the CPU `_exponential` waits anyway.
-            (mx.async_eval if on_gpu() else mx.eval)(output, total, top, best[-1])
+            (mx.async_eval if on_gpu() else mx.eval)(*sums, best[-1])
+    if waiting is not None:
+        tile = Tile(waiting.keys, waiting.values, waiting.positions >= 0)
+        sums = sums.with_tile(_logits(asked, tile), tile)
     # There is nothing in a batch row that has evicted nothing.
-    output = output / mx.where(total == 0, 1, total)
-    lse = top + mx.log(total)
-    columns = _greatest_blocks(mx.concatenate(best, axis=-1), slots // RECALL_BLOCK)
-    return Recalled(
-        *(a.reshape(batch, n_heads, length, -1) for a in (output, lse))
-    ), archive.start + columns
+    output = sums.output / mx.where(sums.total == 0, 1, sums.total)
+    lse = sums.top + mx.log(sums.total)
+    recalled = Recalled(*(a.reshape(batch, n_heads, length, -1) for a in (output, lse)))
+    if not best:
+        return recalled, None
+    columns = _greatest_blocks(mx.concatenate(best, axis=-1), shown // RECALL_BLOCK)
+    return recalled, archive.start + columns
+
+
+class _Sums(NamedTuple):
+    """Sums over rows of exponentials of logits - top [B, n_kv_heads, G L, ·].
+
+    output: times the values; total: themselves; top: the greatest logit.
+    """
+
+    output: mx.array
+    total: mx.array
+    top: mx.array
+
+    def with_tile(self, logits: mx.array, tile: Tile) -> _Sums:
+        top = mx.maximum(self.top, logits.max(axis=-1, keepdims=True))
+        weights, before = _exponential(logits - top), mx.exp(self.top - top)
+        output = product(weights, tile.values, transpose=False)
+        total = weights.sum(axis=-1, keepdims=True)
+        return _Sums(self.output * before + output, self.total * before + total, top)
+
+
+_NOTHING = _Sums(mx.array(0.0), mx.array(0.0), mx.array(_LOWEST))
+
+
+def _logits(queries: mx.array, tile: Tile) -> mx.array:
+    """[B, n_kv_heads, G L, n], -inf where there is no row."""
+    logits = product(queries, tile.keys, transpose=True)
+    return mx.where(tile.there[:, :, None], logits, -mx.inf)
 
 
 def _best_of_blocks(logits: mx.array, group: int, newest: int) -> mx.array:

@@ -57,7 +57,7 @@ class Archived:
 
     @property
     def archived(self) -> int:
-        """How many tokens were evicted that may be read again."""
+        """How many evicted tokens went to the archive."""
         recall = self._slots.recall
         return 0 if recall is None else recall.archive.count
 

@@ -88,19 +88,27 @@ def _with_recalled(
 ) -> AttentionArgs:
     """With what the queries read of the evicted."""
     known = slots.recall
-    if known is None or not known.archive.count:
+    if known is None:
         return args
-    archive = known.archive.synced()
+    length = queries.shape[2]
+    evicted, waiting = known.evicted_before(slots.offset - length)
+    archive = known.archive.synced() if evicted else known.archive
+    if waiting is None and not archive.room:
+        return args
+    asked = queries * args.scale
     watched = slots.observer.wants_recalled
-    n = queries.shape[2] if watched else 1
-    recalled, columns = recall(queries * args.scale, archive, known.slots, newest=n)
+    n = length if watched else 1
+    recalled, columns = recall(asked, archive, waiting, shown=known.slots, newest=n)
+    args = args._replace(recalled=recalled)
+    if columns is None:
+        return args
     read = archive.positions(columns[:, :, -1])
     slots.recall = replace(known, archive=archive, read=read)
     if watched:
         steps = range(slots.offset - n, slots.offset)
         positions = archive.positions(columns.flatten(2, 3))
         slots.observer.recalled(steps, positions)
-    return args._replace(recalled=recalled)
+    return args
 
 
 def is_cut(slots: Slots, length: int) -> bool:
@@ -184,7 +192,8 @@ def _without_evicted(
 ) -> mx.array | str:
     """The mask of a part that is stored next, "causal" if nothing else is hidden."""
     rule = slots.rule
-    if rule.by_age and slots.offset + length > (rule.max_size or 0) + 1:
+    hides = rule.by_age and slots.recall is None
+    if hides and slots.offset + length > (rule.max_size or 0) + 1:
         window = to_mlx(window_mask(rule, slots.offset, length))
         return window if mask is None else merged(window, mask, mask.dtype)
     return "causal" if mask is None else mask

@@ -60,9 +60,9 @@ class PolicyKVCache(HeldTokens):
             kv_group_size: values that share a scale, 32 or 64.
         renumbering: when the tokens held get new rotary positions, and how the layer
             rotates its keys; `make_prompt_cache(positions=...)` finds that out.
-        recall: how many of `max_size` slots bring evicted tokens back, a multiple of
-            16: each token reads so many of those evicted, or one in 16 of them if that
-            is more, in the blocks of 16 neighbours that its query attends to most. 0:
+        recall: how many of `max_size` slots are not the policy's, but of what it
+            evicted last, a multiple of 16: so many at a time go from there to an
+            archive. Every token attends to all that was evicted, as in a full cache. 0:
             what is evicted is lost.
         options: the policy's own options, see `POLICIES[policy].options`.
 
@@ -201,7 +201,7 @@ class PolicyKVCache(HeldTokens):
             return create_causal_mask(N, self.seen, window_size=window_size)
         if N == 1:
             return None
-        if evicts and self.rule.by_age and not is_cut(self._slots, N):
+        if evicts and self.rule.by_age and not self.options.recall:
             return to_mlx(window_mask(self.rule, self.seen, N))
         if return_array:
             return create_causal_mask(N, self.size())
@@ -386,7 +386,8 @@ def _recall_of(options: CacheOptions) -> Recall | None:
         return None
     assert options.rule.max_size is not None
     archive = Archive(options.archived)
-    return Recall(options.recall, options.rule.max_size, archive, options.journal)
+    slots, first = options.recall, options.rule.max_size
+    return Recall(slots, first, archive, options.journal, period=slots)
 
 
 # What mlx-lm's `load_prompt_cache` may have to find.

@@ -125,12 +125,12 @@ class Archive:
 
     def tiles(self) -> Iterator[Tile]:
         """Yield all positions, in order."""
-        assert self.there is not None
         for start, stop in tiles(self.room):
             keys, values = (
                 each(lambda a, i=start, j=stop: a[:, :, i:j], entries)
                 for entries in (self.keys, self.values)
             )
+            assert self.there is not None
             yield Tile(keys, values, self.there[..., start:stop])
 
     def positions(self, columns: mx.array) -> mx.array:

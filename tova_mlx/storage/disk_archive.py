@@ -103,10 +103,14 @@ class Disk:
     def n_kv_heads(self) -> int:
         return self._shape[1]
 
+    @property
+    def room(self) -> int:
+        return 0 if self._log is None else self.index.room
+
     def tiles(self) -> Iterator[Tile]:
         """As `Archive.tiles`."""
-        assert self._log is not None
-        for start, stop in tiles(self.index.room):
+        for start, stop in tiles(self.room):
+            assert self._log is not None
             there = np.asarray(self.index.places[..., start:stop]) >= self._log.first
             numbers = self.index.numbers(self._all(start, stop))
             keys, values = self._take(numbers)
@@ -238,7 +242,7 @@ class DiskArchive:
 
     @property
     def room(self) -> int:
-        return self.disk.index.room
+        return self.disk.room
 
     @property
     def n_kv_heads(self) -> int:

@@ -1,15 +1,13 @@
-"""A layer's recall window: rows that were evicted, brought back for one token.
+"""A layer's recall: rows that were evicted, and are attended to all the same.
 
-What a layer evicts waits a little and goes to an archive, at fixed numbers of tokens
-seen. Each token reads the archived rows that its own query attends to most. So chunks
-of any size see the same.
+What a layer evicts waits in slots of its own, as it was, and goes from there to an
+archive, at fixed numbers of tokens seen. So chunks of any size see the same.
 
 Nothing here is changed in place: a cache can go back to the recall that it had.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -18,11 +16,6 @@ import mlx.core as mx
 from .archive import Archive, Rows
 from .disk_archive import DiskArchive
 from .entries import Entries, arrays_of, join
-
-# Tokens after which evicted rows go to the archive.
-_PERIOD = 128
-# Evicted rows that wait one by one before they are joined.
-_JOINED = 32
 
 
 class Flush(NamedTuple):
@@ -36,18 +29,18 @@ class Flush(NamedTuple):
 class Recall:
     """What of a layer's evicted tokens is known.
 
-    slots: rows that a token reads at least; first: how many tokens are held before one
-    is evicted; period: tokens after which evicted rows go to the archive; waiting: rows
-    evicted that are not archived yet, in order of step; read: int32 [B, n_kv_heads,
-    slots], the positions that the newest token attended to most (-1: none).
+    slots: of rows that wait; first: how many tokens are held before one is evicted;
+    period: tokens after which evicted rows go to the archive; waiting: those that are
+    not archived yet, in order of step; read: int32 [B, n_kv_heads, slots], the archived
+    positions that the newest token attended to most (-1: none).
     """
 
     slots: int
     first: int
     archive: Archive | DiskArchive
-    journal: int = 0
-    period: int = _PERIOD
-    waiting: tuple[Rows, ...] = ()
+    journal: int
+    period: int
+    waiting: Rows | None = None
     read: mx.array | None = None
     flushes: tuple[Flush, ...] = ()
 
@@ -59,7 +52,7 @@ class Recall:
     @property
     def arrays(self) -> list[mx.array]:
         """All but those of the archive."""
-        rows = [*self.waiting, *(f.rows for f in self.flushes)]
+        rows = [r for r in (self.waiting, *(f.rows for f in self.flushes)) if r]
         arrays = [a for r in rows for part in r for a in arrays_of(part)]
         return [*arrays, *self.tied_to]
 
@@ -82,20 +75,24 @@ class Recall:
         flushes = 1 + self.journal // self.period if self.journal else 0
         return read + per_token * (self.period + 1) * (1 + flushes)
 
-    def joined(self) -> Rows | None:
-        """Return the rows that wait, or None if there are none."""
-        return _joined(self.waiting) if self.waiting else None
-
     def next_cut(self, offset: int) -> int:
         """Return how many tokens are seen when rows go to the archive next."""
         return (offset // self.period + 1) * self.period
 
     def with_evicted(self, rows: Rows) -> Recall:
         """Return the recall when rows were evicted, in order of step."""
-        waiting = (*self.waiting, rows)
-        if len(waiting) > _JOINED:
-            waiting = (_joined(waiting),)
-        return replace(self, waiting=waiting)
+        return replace(self, waiting=_joined(self.waiting, rows))
+
+    def evicted_before(self, offset: int) -> tuple[int, Rows | None]:
+        """How many rows were evicted before `offset` tokens came, and those that wait.
+
+        offset: since when none has gone to the archive.
+        """
+        n = max(0, offset - self.first)
+        waiting = n - self.archive.count
+        if not waiting or self.waiting is None:
+            return n, None
+        return n, self.waiting.cut(0, waiting)
 
     def flushed(self, offset: int) -> Recall:
         """Return the recall when `offset` tokens were seen and have attended."""
@@ -103,13 +100,13 @@ class Recall:
         n = offset - 1 - self.first - self.archive.count
         if offset % self.period or n <= 0:
             return self
-        waiting = _joined(self.waiting)
-        rows, rest = waiting.cut(0, n), waiting.cut(n, waiting.length)
+        assert self.waiting is not None
+        rows, rest = self.waiting.cut(0, n), self.waiting.cut(n, self.waiting.length)
         flushes = tuple(f for f in self.flushes if f.offset > offset - self.journal)
         return replace(
             self,
             archive=self.archive.add(rows, offset),
-            waiting=(rest,) if rest.length else (),
+            waiting=rest if rest.length else None,
             flushes=(*flushes, Flush(offset, rows)) if self.journal else (),
         )
 
@@ -125,9 +122,10 @@ class Recall:
         archive, waiting = self.archive, self.waiting
         undone = [f for f in self.flushes if f.offset > to]
         for flush in reversed(undone):
-            archive, waiting = archive.without(flush.rows), (flush.rows, *waiting)
+            archive = archive.without(flush.rows)
+            waiting = _joined(flush.rows, waiting)
         n = max(0, to - self.first - archive.count)
-        waiting = (_joined(waiting).cut(0, n),) if n else ()
+        waiting = waiting.cut(0, n) if n and waiting is not None else None
         kept = tuple(f for f in self.flushes if f.offset <= to)
         return replace(
             self,
@@ -138,5 +136,7 @@ class Recall:
         )
 
 
-def _joined(rows: Sequence[Rows]) -> Rows:
-    return rows[0] if len(rows) == 1 else Rows(*map(join, zip(*rows, strict=True)))
+def _joined(first: Rows | None, last: Rows | None) -> Rows | None:
+    if first is None or last is None:
+        return last if first is None else first
+    return Rows(*map(join, zip(first, last, strict=True)))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def recall_to_state(recall: Recall) -> tuple[Any, dict[str, Any]]:
     """Return arrays, nested, and what JSON can hold."""
-    archive, waiting = recall.archive, recall.joined()
+    archive, waiting = recall.archive, recall.waiting
     rows: Any = (None, None, None)
     if isinstance(archive, Archive):
         rows = (to_arrays(archive.keys), to_arrays(archive.values), archive.there)
@@ -96,7 +96,7 @@ def fill_recall(recall: Recall, arrays: Any, slots: Slots) -> Recall:
     return replace(
         recall,
         archive=archive,
-        waiting=() if rows is None else (rows,),
+        waiting=rows,
     )
 
 
