@@ -6,7 +6,7 @@ Two parts. One layer of one head reads random tokens under `streaming` with an a
 on disk: its bytes in memory, MLX's, and those on disk, at every tenth of the text. Then
 archives of several lengths with the shapes of the demo model's layers, in the 4-bit
 class: medians of attending to them, times 30 layers, for one token and for one of the
-128 of a part of a prompt. The last line is JSON.
+64 of a part of a prompt. The last line is JSON.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from tova_mlx.storage.formats import storage_for
 from tova_mlx.storage.log_directory import LogDirectory
 
 N_HEADS, N_KV_HEADS, WIDTH, LAYERS = 9, 3, 64, 30
-SLOTS, CHUNK, PART = 64, 512, 128
+SLOTS, CHUNK = 64, 512
 LENGTHS = (1024, 4096, 16384, 65536, 102400)
 
 
@@ -94,7 +94,7 @@ def costs(tokens: int, place: Path) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"tokens": length}
         for name, archive in archives.items():
             row[f"ms_a_token_decoded_{name}"] = milliseconds(archive, 1, 9)
-            row[f"ms_a_token_read_{name}"] = milliseconds(archive, PART, 3)
+            row[f"ms_a_token_read_{name}"] = milliseconds(archive, SLOTS, 3)
             row[f"bytes_a_token_{name}"] = archive.nbytes / length
         row["predicted_bytes_a_token_disk"] = predicted(length, archives["disk"].room)
         rows.append(row)

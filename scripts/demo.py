@@ -135,7 +135,7 @@ def summary(readings: list[Reading]) -> str:
 INTRO = """\
 A model of 135 million parameters reads a chapter of Moby Dick ({n:,} tokens) three
 times: with the full cache, with {size} tokens per layer (policy {policy}), and with
-{size} of which 64 bring evicted tokens back. Near the beginning of it we have put:
+{size} and an archive of what they evict. Near the beginning of it we have put:
 {said}
 """
 NEXT = """

@@ -207,6 +207,50 @@ _ARCHIVE = [
         _READ,
     ),
     (
+        "rows that wait for the archive are out of sight",
+        "return n, self.waiting.cut(0, waiting)",
+        "return n, None",
+        _READ,
+    ),
+    (
+        "a token attends twice to what its chunk evicts",
+        "return n, self.waiting.cut(0, waiting)",
+        "return n, self.waiting",
+        _READ,
+    ),
+    (
+        "what a chunk evicts is out of its sight",
+        "outputs.append(_attend_to_all(queries, keys, values, args))",
+        "outputs += [attend_again(blocks, queries, keys, values, args)]",
+        _READ,
+    ),
+    (
+        "what a part evicts by age is out of its sight",
+        "hides = rule.by_age and slots.recall is None",
+        "hides = rule.by_age",
+        _READ,
+    ),
+    (
+        "what a short chunk evicts by age is out of its sight",
+        "if evicts and self.rule.by_age and not self.options.recall:",
+        "if evicts and self.rule.by_age and not is_cut(self._slots, N):",
+        _READ,
+    ),
+    (
+        "tokens after a chunk's are in its sight",
+        "visible = mx.arange(n) <= mx.arange(n - length, n)[:, None]",
+        "visible = mx.arange(n) <= mx.arange(n - length, n)[-1:, None]",
+        _READ,
+    ),
+    (
+        "fewer wait for the archive than there are slots for",
+        "return Recall(slots, first, archive, options.journal, period=slots)",
+        "return Recall(slots, first, archive, options.journal, period=16)",
+        (
+            "test_recall.py::test_bytes_stay_below_what_is_said_and_the_archive_is_counted_apart",
+        ),
+    ),
+    (
         "a head of a group chooses for all",
         "return blocks.max(axis=-1).max(axis=2)",
         "return blocks.max(axis=-1)[:, :, 0]",
@@ -220,38 +264,38 @@ _ARCHIVE = [
     ),
     (
         "positions without a row attract",
-        "logits = mx.where(tile.there[:, :, None], logits, -mx.inf)",
-        "logits = mx.where(tile.there[:, :, None], logits, 0.0)",
+        "return mx.where(tile.there[:, :, None], logits, -mx.inf)",
+        "return mx.where(tile.there[:, :, None], logits, 0.0)",
         _READ,
     ),
     (
         "tiles' values are added up as if all had one maximum",
-        "output = output * before + product(",
-        "output = output + product(",
+        "_Sums(self.output * before + output,",
+        "_Sums(self.output + output,",
         _TILES,
     ),
     (
         "tiles' weights are added up as if all had one maximum",
-        "total = total * before + weights.sum",
-        "total = total + weights.sum",
+        "self.total * before + total, top)",
+        "self.total + total, top)",
         _TILES,
     ),
     (
         "only the last tile is read",
-        "output = output * before + product(",
-        "output = product(",
+        "_Sums(self.output * before + output,",
+        "_Sums(output,",
         _TILES,
     ),
     (
         "exponentials are of logits less no lower number than 0",
-        "top = mx.array(0.0), mx.array(0.0), mx.array(_LOWEST)",
-        "top = mx.array(0.0), mx.array(0.0), mx.array(0.0)",
+        "_NOTHING = _Sums(mx.array(0.0), mx.array(0.0), mx.array(_LOWEST))",
+        "_NOTHING = _Sums(mx.array(0.0), mx.array(0.0), mx.array(0.0))",
         ("test_recall.py::test_logits_far_below_zero_count",),
     ),
     (
         "a batch row that has evicted nothing divides by zero",
-        "output = output / mx.where(total == 0, 1, total)",
-        "output = output / total",
+        "output = sums.output / mx.where(sums.total == 0, 1, sums.total)",
+        "output = sums.output / sums.total",
         ("test_recall.py::test_one_that_has_evicted_nothing_reads_nothing",),
     ),
     (
@@ -282,8 +326,8 @@ _ARCHIVE = [
     ),
     (
         "queries are compared with the archive unscaled",
-        "recalled, columns = recall(queries * args.scale, archive,",
-        "recalled, columns = recall(queries, archive,",
+        "asked = queries * args.scale",
+        "asked = queries",
         _READ,
     ),
     (
@@ -347,8 +391,8 @@ _SAVED = [
     ),
     (
         "rows that wait for the archive are not loaded",
-        "waiting=() if rows is None else (rows,),",
-        "waiting=(),",
+        "        waiting=rows,\n",
+        "        waiting=None,\n",
     ),
     (
         "rows that were lost are not saved",

@@ -1,4 +1,4 @@
-"""What of the evicted can come back: that part of a layer's cache."""
+"""What a layer evicted and attends to all the same: that part of its cache."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from ..storage.slots import Slots
 
 
 class Archived:
-    """The archive of a cache whose `recall` slots bring evicted tokens back."""
+    """The archive of a cache with `recall`."""
 
     _slots: Slots
 

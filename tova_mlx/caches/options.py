@@ -34,8 +34,8 @@ class ArchiveOptions:
 class CacheOptions:
     """What the cache of any layer is made with; see `PolicyKVCache`.
 
-    recall: slots beside those of the rule; archived: how what they bring back is kept;
-    archive: where, None for in memory.
+    recall: slots beside those of the rule, for what it evicted last; archived: how what
+    goes from there to the archive is kept; archive: where, None for in memory.
     """
 
     rule: Rule
@@ -83,7 +83,7 @@ class CacheOptions:
         if self.prefill == "once":
             raise OptionError(
                 f"{policy}: prefill='once' evicts wherever chunks end, so what is "
-                "recalled would depend on them. Use recall=0."
+                "archived would depend on them. Use recall=0."
             )
         if self.renumbering is not None:
             raise OptionError(

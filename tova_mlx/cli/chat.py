@@ -30,7 +30,7 @@ COMMANDS = """\
 /save FILE   write it to FILE
 /load FILE   go on with the one in FILE
 /stats       what each layer holds
-/recalled    what came back of the evicted, with --recall
+/recalled    the evicted tokens attended to most, with --recall
 /help        these lines
 /exit        leave (also Ctrl-D)
 Ctrl-C stops an answer, or the reading of a question; twice: at once."""
@@ -269,18 +269,18 @@ def _command(conversation: "Conversation", name: str, argument: str = "") -> Non
 
 
 def _recalled(conversation: "Conversation", report: Any) -> str:
-    """How much came back, and whether an archive on disk takes no more."""
+    """How much is shown, and whether an archive on disk takes no more."""
     tokens = sum(r.stop - r.start for r in conversation.recalled())
     said = (
-        f"recalled: {tokens} of {report.totals['archived']} evicted tokens in a layer "
-        "or more; /recalled shows them"
+        f"recall: {report.totals['archived']} evicted tokens a layer in the archive; "
+        f"/recalled shows the {tokens} that some layer attended to most"
     )
     failed = {getattr(c, "archive_failed", "") for c in _bounded(conversation)} - {""}
     return "\n".join([said, *sorted(failed)[:1]])
 
 
 def _texts(conversation: "Conversation") -> str:
-    """The texts that came back, the ones that most layers read first."""
+    """The texts attended to most, those that most layers did first."""
     found = conversation.recalled()
     if not found:
         return "Nothing was recalled."

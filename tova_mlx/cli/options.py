@@ -98,8 +98,9 @@ def cache_options(
                 type=click.IntRange(min=0),
                 default=0,
                 show_default=True,
-                help="How many of --max-kv-size bring evicted tokens back, a multiple "
-                "of 16; 0: what is evicted is lost.",
+                help="How many of --max-kv-size hold what was evicted last, on its way "
+                "to an archive that is attended to, a multiple of 16; 0: what is "
+                "evicted is lost.",
             ),
             click.option(
                 "--archive",
@@ -210,7 +211,7 @@ def check(options: dict[str, Any]) -> None:
     recall = options["recall"]
     if recall and options["prefill"] == "once":
         raise click.UsageError(
-            "--recall needs --prefill stepwise: what is recalled would depend on "
+            "--recall needs --prefill stepwise: what is archived would depend on "
             "--prefill-step-size."
         )
     if recall and options["positions"] == "compact":

@@ -66,8 +66,9 @@ def make_prompt_cache(
             the paper; "compact": the tokens held are renumbered every 256 tokens, so
             that positions stay below max_kv_size + 256; "auto": compact from where the
             next position would leave the range that the model was trained for.
-        recall: how many of `max_kv_size` slots bring evicted tokens back, see
-            PolicyKVCache; with original positions only, which "auto" then means.
+        recall: how many of `max_kv_size` slots hold what was evicted last, on its way
+            to an archive that is attended to, see PolicyKVCache; with original
+            positions only, which "auto" then means.
         archive: a directory, or `ArchiveOptions`, for what is evicted, read with
             recall; None: in memory, which then grows. Deleted when the caches are.
         options: the policy's own options.

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import OptionError
 from .base import Policy, Rule
 
-# Tokens are brought back in blocks of so many neighbours.
+# What evicted tokens were attended to most is said in blocks of so many neighbours.
 RECALL_BLOCK = 16
 # Packages name their policies in this group of entry points.
 GROUP = "tova_mlx.policies"
@@ -75,7 +75,8 @@ def resolve_options(
 ) -> Rule:
     """Return the rule for a policy's name, `max_size` in tokens and its options.
 
-    recall: how many of `max_size` are not the rule's, but for tokens brought back.
+    recall: how many of `max_size` are not the rule's, but for tokens
+        evicted last.
 
     Raises OptionError, naming what to do instead.
     """

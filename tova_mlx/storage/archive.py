@@ -1,4 +1,4 @@
-"""Rows that a layer evicted, to be brought back: all of them, in memory.
+"""Rows that a layer evicted and attends to all the same: in memory.
 
 A row lies at its token's position, so that neighbours are found without an index.
 Shapes: entries [B, n_kv_heads, C, head_dim], C positions of which some hold a row; H'

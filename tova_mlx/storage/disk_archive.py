@@ -1,4 +1,4 @@
-"""Rows that a layer evicted, to be brought back: on disk.
+"""Rows that a layer evicted and attends to all the same: on disk.
 
 Rows are appended to a log in the order in which they were evicted; an index knows where
 each position's row is. What an archive is given waits in memory until it is asked for

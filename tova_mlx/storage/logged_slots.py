@@ -24,7 +24,7 @@ class LoggedSlots(SlotFields):
         offset: tokens seen.
         journal: what the last steps destroyed.
         observer: who is told what is evicted.
-        recall: what of the evicted is brought back, or None.
+        recall: what of the evicted is attended to, or None.
     """
 
     def __init__(

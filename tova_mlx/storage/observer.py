@@ -1,4 +1,4 @@
-"""Somebody who wants to know which tokens a layer evicts, and which come back."""
+"""Somebody who wants to know which tokens a layer evicts, and reads all the same."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import mlx.core as mx
 # for each, and the positions evicted, int32 [B, H', n]; with the scores that they were
 # evicted with too, if those are wanted.
 Callback = Callable[..., Any]
-# Called with the steps (positions of the tokens that read) and the positions that could
-# be read again, int32 [B, n_kv_heads, steps * slots], -1 for none.
+# Called with the steps (positions of the tokens that read) and the positions of the
+# evicted that they attended to most, int32 [B, n_kv_heads, steps * slots], -1: none.
 RecallCallback = Callable[[Sequence[int], mx.array], Any]
 
 
@@ -22,7 +22,7 @@ class Observer:
     Args:
         callback: called for what is evicted.
         wants_scores: whether it takes the scores, float32 [B, H', n], None by age.
-        recalled: called for what comes back.
+        recalled: called for what is attended to most of the evicted.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Observer:
 
     @property
     def wants_recalled(self) -> bool:
-        """Whether anybody asks what comes back."""
+        """Whether anybody asks what is read of the evicted."""
         return self._recalled is not None
 
     def evicted(
