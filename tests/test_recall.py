@@ -158,6 +158,18 @@ def test_it_is_token_by_token_whatever_the_chunks(policy, options, heads):
         assert np.abs(np.concatenate(outputs, axis=1) - wanted).max() < 1e-4
 
 
+@pytest.mark.parametrize("policy", ["tova", "streaming"])
+def test_more_tokens_than_are_attended_with_at_once_recall(policy):
+    queries, keys, values = random_layer(9, 4, 2)
+    made = CacheOptions.resolve(LIMIT + 320, policy, journal=0, recall=320)
+    made.__dict__["archived"] = PLAIN
+    outputs = feed(PolicyKVCache.of(made), (queries, keys, values), [30, 290, 100])
+    for h, t in np.ndindex(4, LENGTH):
+        rows = slice(0, t + 1)
+        weights = reference.softmax(keys[h // 2, rows] @ queries[h, t] * SCALE)
+        assert np.abs(weights @ values[h // 2, rows] - outputs[h, t]).max() < 1e-4
+
+
 def snapshot(cache):
     """All that a recall holds and what of it will be read."""
     known = cache.slots.recall
@@ -317,10 +329,14 @@ def test_bytes_stay_below_what_is_said_and_the_archive_is_counted_apart():
     for policy in ("tova", "fade", "streaming"):
         for journal in (0, 16):
             cache = new_cache(policy, journal=journal)
-            most = 0
+            most = waited = 0
             for start in range(0, LENGTH, 5):
                 feed(cache, arrays, [5], start)
                 most = max(most, cache.slots.nbytes)
+                if (waiting := cache.slots.recall.waiting) is not None:
+                    waited = max(waited, waiting.length)
+            # The slots that recall has are of what was evicted last.
+            assert SLOTS - 4 <= waited <= SLOTS + 1
             assert 0.5 * cache.max_nbytes < most <= cache.max_nbytes
             assert cache.nbytes == cache.slots.nbytes + cache.archive_nbytes
             row = describe([cache]).rows[0]

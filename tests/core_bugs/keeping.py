@@ -320,9 +320,7 @@ _ARCHIVE = [
         "queries of a chunk read what the first ones do",
         "return Recalled(*(a[:, :, start:stop] for a in self))",
         "return Recalled(*(a[:, :, : stop - start] for a in self))",
-        _READ,
-        "Equivalent: rows are archived every 128 tokens, where a chunk is cut, and a "
-        "block has 256, so a chunk that has recalled is one block.",
+        ("test_recall.py::test_more_tokens_than_are_attended_with_at_once_recall",),
     ),
     (
         "queries are compared with the archive unscaled",
