@@ -735,8 +735,9 @@ def test_an_archive_is_read_in_tiles_as_in_one(monkeypatch, length, many):
         output = weights @ values[0, kv] / weights.sum()
         assert np.abs(np.array(got.output[0, head, step]) - output).max() < 1e-4
         assert abs(got.lse[0, head, step].item() - np.log(weights.sum())) < 1e-4
-        best = there[logits.max(axis=0).argmax()] // 16 * 16
-        assert np.array_equal(columns[0, kv, step], np.arange(best, best + 16))
+        best = there[logits.max(axis=0).argmax()] // 16
+        read = np.array(columns[0, kv, step])
+        assert set(read) - {-1} == set(there[there // 16 == best])
 
 
 def test_logits_far_below_zero_count():

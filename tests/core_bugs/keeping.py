@@ -166,8 +166,8 @@ _ARCHIVE = [
     ),
     (
         "positions where no row is are read",
-        "return mx.where(gather(there, columns), columns, -1)",
-        "return columns",
+        "return recalled, mx.where(held, archive.start + columns, -1)",
+        "return recalled, archive.start + columns",
         _READ,
     ),
     (

@@ -54,19 +54,20 @@ def recall(
     """Attend to all evicted rows: those of an archive, and those that wait for it.
 
     queries: [B, n_heads, L, head_dim], scaled; shown: a multiple of 16. Returns, for so
-    many of the newest queries, the positions that each attends to most too, in blocks
-    of 16, whether the archive has a row there or not: int32 [B, n_kv_heads, newest,
-    shown], no more than the positions that it has room for; None if it has no row. The
-    heads of a KV head have them together.
+    many of the newest queries, the archived positions that each attends to most too, in
+    blocks of 16, -1 where one has no row: int32 [B, n_kv_heads, newest, shown], or all
+    that the archive has room for; None if it has no row. The heads of a KV head have
+    them together.
     """
     batch, n_heads, length, width = queries.shape
     heads = archive.n_kv_heads if waiting is None else waiting.keys.shape[1]
     group = n_heads // heads
     asked = queries.astype(mx.float32).reshape(batch, heads, group * length, width)
-    sums, best = _NOTHING, []
+    sums, best, there = _NOTHING, [], []
     for tile in archive.tiles():
         logits = _logits(asked, tile)
         best.append(_best_of_blocks(logits, group, newest))
+        there.append(tile.there)
         sums = sums.with_tile(logits, tile)
         if length * archive.room > _MANY:
             # On the CPU `_exponential` waits anyway.
@@ -80,8 +81,12 @@ def recall(
     recalled = Recalled(*(a.reshape(batch, n_heads, length, -1) for a in (output, lse)))
     if not best:
         return recalled, None
-    columns = _greatest_blocks(mx.concatenate(best, axis=-1), shown // RECALL_BLOCK)
-    return recalled, archive.start + columns
+    blocks = mx.concatenate(best, axis=-1)
+    columns = _greatest_blocks(blocks, min(shown // RECALL_BLOCK, blocks.shape[-1]))
+    held = mx.concatenate(there, axis=-1)[:, :, None]
+    held = mx.broadcast_to(held, (*columns.shape[:3], held.shape[-1]))
+    held = mx.take_along_axis(held, columns, axis=-1)
+    return recalled, mx.where(held, archive.start + columns, -1)
 
 
 class _Sums(NamedTuple):
@@ -122,7 +127,6 @@ def _best_of_blocks(logits: mx.array, group: int, newest: int) -> mx.array:
 
 def _greatest_blocks(best: mx.array, n: int) -> mx.array:
     """The places in the n greatest blocks of the last axis, in order."""
-    n = min(n, best.shape[-1])
     blocks = mx.sort(mx.argpartition(-best, n - 1)[..., :n])
     return rows_of(blocks, RECALL_BLOCK)
 

@@ -98,17 +98,13 @@ def _with_recalled(
     asked = queries * args.scale
     watched = slots.observer.wants_recalled
     n = length if watched else 1
-    recalled, columns = recall(asked, archive, waiting, shown=known.slots, newest=n)
-    args = args._replace(recalled=recalled)
-    if columns is None:
-        return args
-    read = archive.positions(columns[:, :, -1])
-    slots.recall = replace(known, archive=archive, read=read)
-    if watched:
+    recalled, read = recall(asked, archive, waiting, shown=known.slots, newest=n)
+    last = None if read is None else read[:, :, -1]
+    slots.recall = replace(known, archive=archive, read=last)
+    if watched and read is not None:
         steps = range(slots.offset - n, slots.offset)
-        positions = archive.positions(columns.flatten(2, 3))
-        slots.observer.recalled(steps, positions)
-    return args
+        slots.observer.recalled(steps, read.flatten(2, 3))
+    return args._replace(recalled=recalled)
 
 
 def is_cut(slots: Slots, length: int) -> bool:

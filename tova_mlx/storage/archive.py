@@ -133,12 +133,6 @@ class Archive:
             assert self.there is not None
             yield Tile(keys, values, self.there[..., start:stop])
 
-    def positions(self, columns: mx.array) -> mx.array:
-        """Return the positions [B, n_kv_heads, n] themselves, -1 where no row is."""
-        assert self.there is not None
-        there = mx.broadcast_to(self.there, (*columns.shape[:2], self.room))
-        return mx.where(gather(there, columns), columns, -1)
-
     def rows(self) -> Rows:
         """Return all rows, in order of position."""
         assert self.there is not None

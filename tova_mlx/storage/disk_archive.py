@@ -116,15 +116,6 @@ class Disk:
             keys, values = self._take(numbers)
             yield Tile(keys, values, to_mlx(there))
 
-    def positions(self, columns: mx.array) -> mx.array:
-        """As `Archive.positions`."""
-        return self._there(self.index.numbers(np.array(columns)), columns)
-
-    def _there(self, numbers: np.ndarray, columns: mx.array) -> mx.array:
-        """Columns themselves, -1 where the row of that number is gone or none is."""
-        assert self._log is not None
-        return mx.where(to_mlx(numbers >= self._log.first), columns, -1)
-
     def _all(self, start: int, stop: int) -> np.ndarray:
         """Those positions from the index's start on [B, n_kv_heads, ·]."""
         some = self.index.start + np.arange(start, stop)
@@ -251,9 +242,6 @@ class DiskArchive:
     def tiles(self) -> Iterator[Tile]:
         """As `Archive.tiles`. Raises CacheStateError: rows that cannot be had."""
         return self.disk.tiles()
-
-    def positions(self, columns: mx.array) -> mx.array:
-        return self.disk.positions(columns)
 
     def in_memory(self, seen: int) -> Archive:
         """Return the same rows in memory; seen: above all positions."""
