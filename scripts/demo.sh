@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets everything up, then lets a small model read a chapter of Moby Dick with the full
-# cache, with 256 tokens per layer, and with 256 of which 64 bring evicted ones back.
+# cache, with 256 tokens per layer, and with 256 and an archive of what they evict.
 #
 #   scripts/demo.sh [POLICY]
 set -euo pipefail
