@@ -89,7 +89,7 @@ def test_a_chat_says_what_came_back_and_goes_on_where_it_was_saved(
     first, said = chat(
         [*questions[:6], "/stats", "/recalled", f"/save {file}"], *how, *disk
     )
-    assert re.search(r"recalled: \d+ of \d+ evicted tokens", said)
+    assert re.search(r"recall: \d+ evicted tokens a layer .* shows the \d+ ", said)
     assert re.search(r"^ +\d+ +\d layers?  .*(bottles|wall|more|green)", said, re.M)
     assert "archive bytes" in said
     assert not (tmp_path / "archive" / "caches-000").exists()
