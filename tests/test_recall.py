@@ -770,7 +770,6 @@ def test_places_on_disk_move_up_with_the_rows_and_down_again(monkeypatch, tmp_pa
     # There is room for some; one of an early token comes late.
     disk = Disk(LogDirectory(tmp_path / "a"), "layer", limit=128 * 520)
     archive, moves = DiskArchive(PLAIN, disk), []
-    # What goes at a time ends among four neighbours.
     order = [*range(21, 500), 3, *range(500, 560)]
     for start in range(0, len(order), 30):
         positions = np.array(order[start : start + 30], np.int32)

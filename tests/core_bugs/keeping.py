@@ -232,8 +232,8 @@ _ARCHIVE = [
     ),
     (
         "what a short chunk evicts by age is out of its sight",
-        "if evicts and self.rule.by_age and not self.options.recall:",
-        "if evicts and self.rule.by_age and not is_cut(self._slots, N):",
+        "whole = self.options.recall or is_cut(self._slots, N)",
+        "whole = is_cut(self._slots, N)",
         _READ,
     ),
     (

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..policies import RECALL_BLOCK
-from ..storage.archive import Archive, Rows, Tile, rows_of
+from ..storage.archive import Archive, Rows, Tile
 from ..storage.device import on_gpu
 from ..storage.disk_archive import DiskArchive
 from ..storage.entries import product
@@ -128,7 +128,8 @@ def _best_of_blocks(logits: mx.array, group: int, newest: int) -> mx.array:
 def _greatest_blocks(best: mx.array, n: int) -> mx.array:
     """The places in the n greatest blocks of the last axis, in order."""
     blocks = mx.sort(mx.argpartition(-best, n - 1)[..., :n])
-    return rows_of(blocks, RECALL_BLOCK)
+    places = blocks[..., None] * RECALL_BLOCK + mx.arange(RECALL_BLOCK)
+    return places.flatten(-2, -1).astype(mx.int32)
 
 
 def _exponential(logits: mx.array) -> mx.array:

@@ -201,7 +201,8 @@ class PolicyKVCache(HeldTokens):
             return create_causal_mask(N, self.seen, window_size=window_size)
         if N == 1:
             return None
-        if evicts and self.rule.by_age and not self.options.recall:
+        whole = self.options.recall or is_cut(self._slots, N)
+        if evicts and self.rule.by_age and not whole:
             return to_mlx(window_mask(self.rule, self.seen, N))
         if return_array:
             return create_causal_mask(N, self.size())

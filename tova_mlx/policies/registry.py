@@ -75,8 +75,7 @@ def resolve_options(
 ) -> Rule:
     """Return the rule for a policy's name, `max_size` in tokens and its options.
 
-    recall: how many of `max_size` are not the rule's, but for tokens
-        evicted last.
+    recall: how many of `max_size` are for tokens evicted last, not the rule's.
 
     Raises OptionError, naming what to do instead.
     """

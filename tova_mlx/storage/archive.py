@@ -181,12 +181,6 @@ def tiles(room: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + TILE, room)
 
 
-def rows_of(blocks: mx.array, size: int) -> mx.array:
-    """Return the positions [..., size n] of blocks [..., n] of so many, int32."""
-    columns = blocks[..., None] * size + mx.arange(size)
-    return columns.flatten(-2, -1).astype(mx.int32)
-
-
 def stored_as(storage: Storage, rows: Rows) -> Rows:
     """Return rows in an archive's formats; quantised ones are in them already."""
     if is_plain(rows.keys) and is_plain(rows.values):

@@ -111,15 +111,10 @@ class Disk:
         """As `Archive.tiles`."""
         for start, stop in tiles(self.room):
             assert self._log is not None
-            there = np.asarray(self.index.places[..., start:stop]) >= self._log.first
-            numbers = self.index.numbers(self._all(start, stop))
+            places = np.asarray(self.index.places[..., start:stop])
+            numbers = np.broadcast_to(places, (*self._shape, stop - start))
             keys, values = self._take(numbers)
-            yield Tile(keys, values, to_mlx(there))
-
-    def _all(self, start: int, stop: int) -> np.ndarray:
-        """Those positions from the index's start on [B, n_kv_heads, ·]."""
-        some = self.index.start + np.arange(start, stop)
-        return np.broadcast_to(some, (*self._shape, stop - start))
+            yield Tile(keys, values, to_mlx(places >= self._log.first))
 
     def rows(self) -> Rows:
         """Return all rows that are there, in order of eviction."""

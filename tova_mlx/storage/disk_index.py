@@ -35,11 +35,6 @@ class DiskIndex:
         """Positions from `start` on for which there is room, rows or not."""
         return self.places.shape[2]
 
-    def numbers(self, columns: np.ndarray) -> np.ndarray:
-        """Numbers of the rows at positions [B, n_kv_heads, n]."""
-        places = np.broadcast_to(self.places, (*columns.shape[:2], self.room))
-        return np.take_along_axis(places, columns - self.start, axis=2)
-
     def put(self, positions: np.ndarray, first: int) -> None:
         """Note that rows from number `first` on have positions [B, H', n]."""
         numbers = np.arange(first, first + positions.shape[2], dtype=np.int32)
