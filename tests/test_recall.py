@@ -754,7 +754,7 @@ def test_one_that_has_evicted_nothing_reads_nothing(monkeypatch):
     there = mx.zeros((2, 1, 128), mx.bool_)
     there[1, :, 70:90] = True
     rows = mx.random.normal((2, 1, 128, 64))
-    archive = Archive(PLAIN, 20, 0, rows, rows, there)
+    archive = Archive(PLAIN, 20, 0, 128, rows, rows, there)
     queries = mx.random.normal((2, 2, 3, 64))
     got, _ = recalled.recall(queries, archive, shown=16)
     slots, lse = mx.random.normal((2, 2, 3, 64)), mx.zeros((2, 2, 3, 1))

@@ -3,6 +3,8 @@
 What happens to a layer's slots, without the order of calls that a model keeps to.
 """
 
+from __future__ import annotations
+
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -16,11 +18,13 @@ from ..attention.evict import (
     evict_oldest,
     left_to_kernel,
 )
-from ..attention.recalled import recall
+from ..attention.recalled import Ahead, Recalled, attended_most, recall
 from ..attention.softmax import attend_newest, plain_attention
 from ..eviction import window_mask
+from ..storage.archive import Rows
 from ..storage.entries import Entries, to_mlx
 from ..storage.fields import position_range
+from ..storage.recall import Recall
 from ..storage.slots import Slots
 
 
@@ -68,8 +72,21 @@ def attend(
     once: bool,
 ) -> Attended:
     """Attend to what `store` gave; evict afterwards what the rule says."""
-    rule, one = slots.rule, queries.shape[2] == 1
     args = _with_recalled(slots, queries, args)
+    return _attend(slots, queries, keys, values, args, once=once)
+
+
+def _attend(
+    slots: Slots,
+    queries: mx.array,
+    keys: Entries,
+    values: Entries,
+    args: AttentionArgs,
+    *,
+    once: bool = False,
+) -> Attended:
+    """As `attend`; what is read of the evicted is among the arguments."""
+    rule, one = slots.rule, queries.shape[2] == 1
     if rule.by_age:
         if one and slots.evicted:
             return Attended(slots.tied(attend_newest(queries, keys, values, args)[0]))
@@ -87,24 +104,31 @@ def _with_recalled(
     slots: Slots, queries: mx.array, args: AttentionArgs
 ) -> AttentionArgs:
     """With what the queries read of the evicted."""
-    known = slots.recall
-    if known is None:
+    if slots.recall is None:
         return args
-    length = queries.shape[2]
-    evicted, waiting = known.evicted_before(slots.offset - length)
-    archive = known.archive.synced() if evicted else known.archive
-    if waiting is None and not archive.room:
-        return args
-    asked = queries * args.scale
+    n = length = queries.shape[2]
+    known, waiting = _known_before(slots, slots.offset - length)
     watched = slots.observer.wants_recalled
-    n = length if watched else 1
-    recalled, read = recall(asked, archive, waiting, shown=known.slots, newest=n)
+    if not watched:
+        n = 1
+    asked, shown = queries * args.scale, known.slots
+    recalled, read = recall(asked, known.archive, waiting, shown=shown, newest=n)
     last = None if read is None else read[:, :, -1]
-    slots.recall = replace(known, archive=archive, read=last)
+    slots.recall = replace(known, read=last)
     if watched and read is not None:
         steps = range(slots.offset - n, slots.offset)
         slots.observer.recalled(steps, read.flatten(2, 3))
     return args._replace(recalled=recalled)
+
+
+def _known_before(slots: Slots, offset: int) -> tuple[Recall, Rows | None]:
+    """The recall, its archive ready to be read, and what waited before `offset`."""
+    known = slots.recall
+    assert known is not None
+    evicted, waiting = known.evicted_before(offset)
+    if evicted:
+        known = replace(known, archive=known.archive.synced())
+    return known, waiting
 
 
 def is_cut(slots: Slots, length: int) -> bool:
@@ -128,6 +152,7 @@ def attend_in_parts(
     outputs, start, length = [], 0, chunk.length
     whole = _Mask(slots, args.array_mask, queries)
     first = slots.next_rotary
+    ahead = _Ahead.of(slots, queries * args.scale, chunk.keys)
     while start < length:
         cut = slots.next_cut(slots.offset)
         assert cut is not None
@@ -151,11 +176,56 @@ def attend_in_parts(
             mask = whole.cut(mx.concatenate([there, own], axis=2), start, stop)
             mask = _without_evicted(slots, stop - start, mask)
             entries = store(slots, Chunk(*new))
-        attended = attend(slots, asked, *entries, args.with_mask(mask), once=False)
+        own = args.with_mask(mask)
+        if ahead is None:
+            attended = attend(slots, asked, *entries, own, once=False)
+            slots.do_scheduled()
+        else:
+            own = own._replace(recalled=ahead.next(slots, stop - start))
+            attended = _attend(slots, asked, *entries, own)
+            ahead.do_scheduled(slots)
         outputs.append(attended.output)
-        slots.do_scheduled()
         start = stop
     return mx.concatenate(outputs, axis=2)
+
+
+class _Ahead:
+    """What all queries of a chunk read of the evicted."""
+
+    def __init__(self, attention: Ahead, newest: mx.array):
+        self._attention, self._newest = attention, newest
+
+    @classmethod
+    def of(cls, slots: Slots, queries: mx.array, keys: mx.array) -> _Ahead | None:
+        """queries: scaled. None: there is no recall, or each part is watched."""
+        if slots.recall is None or slots.observer.wants_recalled:
+            return None
+        slots.recall, _ = _known_before(slots, slots.offset)
+        attention = Ahead(queries, keys.shape[1], slots.recall.archive)
+        return cls(attention, queries[:, :, -1:])
+
+    def next(self, slots: Slots, n: int) -> Recalled | None:
+        """Return what is read by the next n queries, whose tokens are stored."""
+        known, waiting = _known_before(slots, slots.offset - n)
+        recalled = self._attention.next(n, waiting)
+        if not self._attention.left:
+            read = attended_most(self._newest, known.archive, shown=known.slots)
+            last = None if read is None else read[:, :, -1]
+            slots.recall = replace(known, read=last)
+        return recalled
+
+    def do_scheduled(self, slots: Slots) -> None:
+        """Do what is due; what is archived then is read by the queries left."""
+        before = slots.recall
+        slots.do_scheduled()
+        if not self._attention.left:
+            return
+        slots.recall, _ = _known_before(slots, slots.offset)
+        assert before is not None
+        n = slots.recall.archive.count - before.archive.count
+        if n and before.waiting is not None:
+            rows = before.waiting.cut(0, n)
+            self._attention.archived(rows, slots.recall.archive)
 
 
 class _Mask:

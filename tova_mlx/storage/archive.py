@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from ..policies import RECALL_BLOCK
 from .entries import (
     Entries,
     arrays_of,
@@ -26,8 +27,8 @@ from .formats import Storage
 
 # Positions for which room is made at least, and by which it grows.
 ROOM = 1024
-# Positions that are attended to at once.
-TILE = 4096
+# Positions that are attended to at once, at most and at least.
+TILE, LEAST_TILE = 4096, 128
 
 
 class Tile(NamedTuple):
@@ -61,13 +62,14 @@ class Rows(NamedTuple):
 class Archive:
     """Rows evicted, of one layer. Never changed in place.
 
-    storage: their format; count: how many each batch row and head was given, lost ones
-    too; there: bool [B, H', C], which positions hold one.
+    storage: their format; count: how many each batch row and head was given, `lost`
+    ones too; seen: above all positions that do; there: bool [B, H', C], which do.
     """
 
     storage: Storage
     count: int = 0
     lost: int = 0
+    seen: int = 0
     keys: Any = None
     values: Any = None
     there: mx.array | None = None
@@ -98,6 +100,7 @@ class Archive:
         return replace(
             grown,
             count=self.count + rows.length,
+            seen=seen,
             keys=write(grown.keys, keys, positions),
             values=write(grown.values, values, positions),
             there=_put(grown.there, positions, True),
@@ -126,9 +129,9 @@ class Archive:
         """Positions from `start` on for which there is room, C: a multiple of 16."""
         return 0 if self.there is None else self.there.shape[2]
 
-    def tiles(self) -> Iterator[Tile]:
-        """Yield all positions, in order."""
-        for start, stop in tiles(self.room):
+    def tiles(self, most: int = TILE) -> Iterator[Tile]:
+        """Yield all positions that have been seen, in order, about so many at once."""
+        for start, stop in tiles(min(self.room, self.seen), most):
             keys, values = (
                 each(lambda a, i=start, j=stop: a[:, :, i:j], entries)
                 for entries in (self.keys, self.values)
@@ -175,10 +178,12 @@ class Archive:
         )
 
 
-def tiles(room: int) -> Iterator[tuple[int, int]]:
-    """Yield where each tile begins and ends."""
-    for start in range(0, room, TILE):
-        yield start, min(start + TILE, room)
+def tiles(n: int, most: int) -> Iterator[tuple[int, int]]:
+    """Yield where each tile of n positions begins and ends, at multiples of 16."""
+    size = min(max(most, LEAST_TILE), TILE) // RECALL_BLOCK * RECALL_BLOCK
+    n = -(-n // RECALL_BLOCK) * RECALL_BLOCK
+    for start in range(0, n, size):
+        yield start, min(start + size, n)
 
 
 def stored_as(storage: Storage, rows: Rows) -> Rows:

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CacheStateError
-from .archive import Archive, Rows, Tile, stored_as, tiles
+from .archive import TILE, Archive, Rows, Tile, stored_as, tiles
 from .disk_index import DiskIndex
 from .entries import Entries, arrays_of, each, pad, to_mlx, with_arrays
 from .formats import Storage
@@ -56,6 +56,12 @@ class Disk:
         """Rows given so far, those that could not be written too."""
         logged = 0 if self._log is None else self._log.count
         return self.lost_before + logged + self.lost_after
+
+    @property
+    def lost(self) -> int:
+        """How many of them are not there."""
+        gone = 0 if self._log is None else self._log.first
+        return self.lost_before + gone + self.lost_after
 
     @property
     def nbytes(self) -> int:
@@ -107,10 +113,11 @@ class Disk:
     def room(self) -> int:
         return 0 if self._log is None else self.index.room
 
-    def tiles(self) -> Iterator[Tile]:
-        """As `Archive.tiles`."""
-        for start, stop in tiles(self.room):
-            assert self._log is not None
+    def tiles(self, seen: int, most: int) -> Iterator[Tile]:
+        """As `Archive.tiles`; seen: above all positions."""
+        if self._log is None:
+            return
+        for start, stop in tiles(min(self.room, seen - self.index.start), most):
             places = np.asarray(self.index.places[..., start:stop])
             numbers = np.broadcast_to(places, (*self._shape, stop - start))
             keys, values = self._take(numbers)
@@ -234,9 +241,14 @@ class DiskArchive:
     def n_kv_heads(self) -> int:
         return self.disk.n_kv_heads
 
-    def tiles(self) -> Iterator[Tile]:
+    @property
+    def lost(self) -> int:
+        """How many of the rows that are written are not there."""
+        return self.disk.lost
+
+    def tiles(self, most: int = TILE) -> Iterator[Tile]:
         """As `Archive.tiles`. Raises CacheStateError: rows that cannot be had."""
-        return self.disk.tiles()
+        return self.disk.tiles(self.seen, most)
 
     def in_memory(self, seen: int) -> Archive:
         """Return the same rows in memory; seen: above all positions."""

@@ -84,6 +84,7 @@ def fill_recall(recall: Recall, arrays: Any, slots: Slots) -> Recall:
         archive = replace(
             empty,
             count=count,
+            seen=flushed,
             keys=from_arrays(keys, stored.keys),
             values=from_arrays(values, stored.values),
             there=there,
