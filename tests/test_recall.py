@@ -159,6 +159,18 @@ def test_it_is_token_by_token_whatever_the_chunks(policy, options, heads):
 
 
 @pytest.mark.parametrize("policy", ["tova", "streaming"])
+def test_what_a_chunk_archives_it_reads_as_it_is_archived(policy):
+    arrays = [a[..., :64] for a in random_layer(4, 4, 2, dim=64)]
+    # With few bits, so that what was not rounded would be told apart.
+    wanted, *others = (
+        feed(PolicyKVCache(LIMIT + SLOTS, policy, recall=SLOTS), arrays, sizes)
+        for sizes in ([1] * LENGTH, [LENGTH], [LIMIT + 30, LENGTH - LIMIT - 30])
+    )
+    for other in others:
+        assert np.abs(wanted - other).max() < 1e-4
+
+
+@pytest.mark.parametrize("policy", ["tova", "streaming"])
 def test_more_tokens_than_are_attended_with_at_once_recall(policy):
     queries, keys, values = random_layer(9, 4, 2)
     made = CacheOptions.resolve(LIMIT + 320, policy, journal=0, recall=320)
@@ -494,7 +506,11 @@ def test_a_limit_on_disk_is_kept_and_the_oldest_go(
     arrays = random_layer(3, 4, 2)
     limit = 128 * 150
     cache = on_disk(new_cache(policy, **options), tmp_path / "a", limit=limit)
-    feed(cache, arrays, [LENGTH - 30])
+    outputs = feed(cache, arrays, [LENGTH - 30])
+    # What goes within a chunk is out of the sight of the rest of it.
+    stepwise = on_disk(new_cache(policy, **options), tmp_path / "b", limit=limit)
+    by_one = feed(stepwise, arrays, [1] * (LENGTH - 30))
+    assert np.abs(outputs - by_one).max() < 1e-4
     disk = cache.slots.recall.archive.disk
     # All but what there is of every position, seen or soon to be.
     index = disk.index.nbytes

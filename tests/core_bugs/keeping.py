@@ -166,8 +166,8 @@ _ARCHIVE = [
     ),
     (
         "positions where no row is are read",
-        "return recalled, mx.where(held, archive.start + columns, -1)",
-        "return recalled, archive.start + columns",
+        "return mx.where(held, archive.start + columns, -1)",
+        "return archive.start + columns",
         _READ,
     ),
     (
@@ -252,20 +252,20 @@ _ARCHIVE = [
     ),
     (
         "a head of a group chooses for all",
-        "return blocks.max(axis=-1).max(axis=2)",
-        "return blocks.max(axis=-1)[:, :, 0]",
+        "self.best.append(blocks.max(axis=-1).max(axis=2))",
+        "self.best.append(blocks.max(axis=-1)[:, :, 0])",
         _READ,
     ),
     (
         "what the first of a chunk attended to most counts as the newest's",
-        "rows // group, n)[..., -newest:, :]",
-        "rows // group, n)[..., :newest, :]",
+        "logits[..., -self._newest :, :], -1,",
+        "logits[..., : self._newest, :], -1,",
         _READ,
     ),
     (
         "positions without a row attract",
-        "return mx.where(tile.there[:, :, None], logits, -mx.inf)",
-        "return mx.where(tile.there[:, :, None], logits, 0.0)",
+        "return mx.where(tile.there[:, :, None, None], logits, -mx.inf)",
+        "return mx.where(tile.there[:, :, None, None], logits, 0.0)",
         _READ,
     ),
     (
@@ -294,8 +294,8 @@ _ARCHIVE = [
     ),
     (
         "a batch row that has evicted nothing divides by zero",
-        "output = sums.output / mx.where(sums.total == 0, 1, sums.total)",
-        "output = sums.output / sums.total",
+        "output = self.output / mx.where(self.total == 0, 1, self.total)",
+        "output = self.output / self.total",
         ("test_recall.py::test_one_that_has_evicted_nothing_reads_nothing",),
     ),
     (
@@ -324,9 +324,57 @@ _ARCHIVE = [
     ),
     (
         "queries are compared with the archive unscaled",
-        "asked = queries * args.scale",
-        "asked = queries",
+        "asked, shown = queries * args.scale, known.slots",
+        "asked, shown = queries, known.slots",
         _READ,
+    ),
+    (
+        "queries of parts are compared with the archive unscaled",
+        "_Ahead.of(slots, queries * args.scale, chunk.keys)",
+        "_Ahead.of(slots, queries, chunk.keys)",
+        _READ,
+    ),
+    (
+        "what goes to the archive within a chunk is out of its sight",
+        "            self._attention.archived(rows, slots.recall.archive)\n",
+        "            pass\n",
+        _READ,
+    ),
+    (
+        "what goes to the archive within a chunk is read as it was before",
+        "self._sums.with_rows(self._asked, stored_as(archive.storage, rows))",
+        "self._sums.with_rows(self._asked, rows)",
+        ("test_recall.py::test_what_a_chunk_archives_it_reads_as_it_is_archived",),
+    ),
+    (
+        "each part of a chunk reads what the first does",
+        "self._asked[..., n:, :], self._sums.cut(n, None)",
+        "self._asked[..., n:, :], self._sums.cut(0, self.left - n)",
+        _READ,
+    ),
+    (
+        "what a limit has let go of is read to the end of a chunk",
+        "if archive.lost != self._lost:",
+        "if archive.lost < self._lost:",
+        ("test_recall.py::test_a_limit_on_disk_is_kept_and_the_oldest_go",),
+    ),
+    (
+        "what is told of a chunk is what its first token read",
+        "return cls(attention, queries[:, :, -1:])",
+        "return cls(attention, queries[:, :, :1])",
+        _READ,
+    ),
+    (
+        "the last positions seen are in no tile",
+        "for start, stop in tiles(min(self.room, self.seen), most):",
+        "for start, stop in tiles(min(self.room, self.seen - 16), most):",
+        _READ,
+    ),
+    (
+        "the last positions seen are in no tile of a disk",
+        "tiles(min(self.room, seen - self.index.start), most):",
+        "tiles(min(self.room, seen - self.index.start - 16), most):",
+        ("test_recall.py::test_an_archive_on_disk_gives_what_one_in_memory_gives",),
     ),
     (
         "rows that were cut off a log are still in their places",
