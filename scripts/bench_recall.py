@@ -64,8 +64,9 @@ def milliseconds(archive: Any, length: int, repeats: int) -> float:
         queries = mx.random.normal(shape)
         mx.eval(queries)
         start = time.perf_counter()
-        recalled, read = recall(queries, archive, shown=SLOTS)
-        mx.eval(*recalled, read)
+        recalled = recall(queries, archive)
+        assert recalled is not None
+        mx.eval(*recalled)
         times.append(time.perf_counter() - start)
     return 1000 * LAYERS * statistics.median(times[1:]) / length
 
@@ -89,29 +90,24 @@ def costs(tokens: int, place: Path) -> list[dict[str, Any]]:
             )
             seen += 1024
             for name, archive in archives.items():
-                archives[name] = archive.add(some, seen).synced()
+                archives[name] = archive.add(some).synced()
                 mx.eval(archives[name].arrays)
         row: dict[str, Any] = {"tokens": length}
         for name, archive in archives.items():
             row[f"ms_a_token_decoded_{name}"] = milliseconds(archive, 1, 9)
-            row[f"ms_a_token_read_{name}"] = milliseconds(archive, SLOTS, 3)
+            row[f"ms_a_token_read_{name}"] = milliseconds(archive, CHUNK, 3)
             row[f"bytes_a_token_{name}"] = archive.nbytes / length
-        row["predicted_bytes_a_token_disk"] = predicted(length, archives["disk"].room)
+        row["predicted_bytes_a_token_disk"] = predicted()
         rows.append(row)
         print(row, flush=True)
     return rows
 
 
-def predicted(tokens: int, room: int) -> float:
-    """Bytes of a token on disk.
-
-    In a log: keys of 6 bits, values of 4, scales, its position. For each position that
-    there is room for: its place.
-    """
+def predicted() -> float:
+    """Bytes of a token on disk: keys of 6 bits, values of 4, scales, its position."""
     numbers = N_KV_HEADS * WIDTH
     scales = 2 * 2 * N_KV_HEADS * (WIDTH // 64)
-    logged = numbers * 6 // 8 + numbers * 4 // 8 + 2 * scales + 4
-    return logged + room * 4 / tokens
+    return numbers * 6 // 8 + numbers * 4 // 8 + 2 * scales + 4
 
 
 def main() -> None:

@@ -118,21 +118,6 @@ def test_a_kill_at_any_step_of_the_beginning_leaves_what_can_be_used(tmp_path, l
         (tmp_path / "lock").write_bytes(left)
 
 
-def test_a_file_without_a_name_has_one_that_the_next_run_knows(tmp_path, monkeypatch):
-    with_logs = LogDirectory(tmp_path / "logs")
-    with with_logs.nameless("layer-000") as file:
-        file.write(b"places")
-        file.flush()
-        assert os.listdir(tmp_path / "logs") == ["lock"]
-    with_logs.close()
-    (tmp_path / "logs").mkdir()
-    # Killed before the name was gone.
-    (tmp_path / "logs" / "lock").write_bytes(MAGIC)
-    (tmp_path / "logs" / "layer-000.unnamed.rows").touch()
-    LogDirectory(tmp_path / "logs").close()
-    assert os.listdir(tmp_path / "logs") == []
-
-
 def test_a_lock_deleted_while_it_was_opened_is_not_one(tmp_path, monkeypatch):
     # Who held it closes in between; a third could lock the next file of that name.
     flock = fcntl.flock

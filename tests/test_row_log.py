@@ -82,7 +82,7 @@ class Sequences(RuleBasedStateMachine):
     @initialize(limit=st.sampled_from([None, 1, 128, 150, 320]))
     def start(self, limit):
         self.place = Path(tempfile.mkdtemp())
-        self.limit, self.places = limit, limit and max(2, -(-limit // BLOCK))
+        self.limit, self.places = limit, limit and max(2, limit // BLOCK)
         self.directory = LogDirectory(self.place / "new" / "logs")
         self.log = self.directory.log("layer-0", PARTS, limit)
         self.rows, self.first, self.salt, self.most = [], 0, 0, 0

@@ -105,7 +105,6 @@ _WATCH = (
 )
 _BACK = ("test_recall.py::test_taking_tokens_back_takes_back_what_was_recalled",)
 _TWICE = ("test_recall.py::test_tokens_are_taken_back_over_several_flushes",)
-_MOVE = ("test_recall.py::test_places_on_disk_move_up_with_the_rows_and_down_again",)
 _TILES = ("test_recall.py::test_an_archive_is_read_in_tiles_as_in_one",)
 _READ = (
     *_TILES,
@@ -160,15 +159,9 @@ _ARCHIVE = [
     ),
     (
         "archived rows that were taken back stay",
-        "there = _put(self.there, rows.positions, False)",
-        "there = _put(self.there, rows.positions, True)",
+        "return replace(self, count=count, lost=min(self.lost, count))",
+        "return replace(self, count=count + n, lost=self.lost)",
         _BACK,
-    ),
-    (
-        "positions where no row is are read",
-        "return mx.where(held, archive.start + columns, -1)",
-        "return archive.start + columns",
-        _READ,
     ),
     (
         "a row in its slot is archived too",
@@ -202,8 +195,8 @@ _ARCHIVE = [
     ),
     (
         "the blocks that are least attended to come back",
-        "mx.argpartition(-best, n - 1)",
-        "mx.argpartition(best, n - 1)",
+        "blocks = np.sort(np.argpartition(-best, n - 1, axis=1)[:, :n], axis=1)",
+        "blocks = np.sort(np.argpartition(best, n - 1, axis=1)[:, :n], axis=1)",
         _READ,
     ),
     (
@@ -252,20 +245,14 @@ _ARCHIVE = [
     ),
     (
         "a head of a group chooses for all",
-        "self.best.append(blocks.max(axis=-1).max(axis=2))",
-        "self.best.append(blocks.max(axis=-1)[:, :, 0])",
+        "logits.append(np.array(_logits(asked, tile).max(axis=2)))",
+        "logits.append(np.array(_logits(asked, tile)[:, :, 0]))",
         _READ,
     ),
     (
         "what the first of a chunk attended to most counts as the newest's",
-        "logits[..., -self._newest :, :], -1,",
-        "logits[..., : self._newest, :], -1,",
-        _READ,
-    ),
-    (
-        "positions without a row attract",
-        "return mx.where(tile.there[:, :, None, None], logits, -mx.inf)",
-        "return mx.where(tile.there[:, :, None, None], logits, 0.0)",
+        "newest = Asked(queries[:, :, -1:] * args.scale, archive.count)",
+        "newest = Asked(queries[:, :, :1] * args.scale, archive.count)",
         _READ,
     ),
     (
@@ -293,51 +280,51 @@ _ARCHIVE = [
         ("test_recall.py::test_logits_far_below_zero_count",),
     ),
     (
-        "a batch row that has evicted nothing divides by zero",
-        "output = self.output / mx.where(self.total == 0, 1, self.total)",
-        "output = self.output / self.total",
-        ("test_recall.py::test_one_that_has_evicted_nothing_reads_nothing",),
-    ),
-    (
-        "a row below the others has no place",
-        "if self.start <= lowest and seen <= self.start + self.room:",
-        "if seen <= self.start + self.room:",
-        _MOVE,
-    ),
-    (
-        "places of rows that have gone stay",
-        "held = (self.places >= oldest).any(axis=(0, 1))",
-        "held = (self.places >= 0).any(axis=(0, 1))",
-        ("test_recall.py::test_a_limit_on_disk_is_kept_and_the_oldest_go",),
-    ),
-    (
-        "places are moved by too much",
-        "there = new[..., max(0, self.start - start) :]",
-        "there = new[..., max(0, self.start - start) + 1 :]",
-        _MOVE,
-    ),
-    (
         "queries of a chunk read what the first ones do",
         "return Recalled(*(a[:, :, start:stop] for a in self))",
         "return Recalled(*(a[:, :, : stop - start] for a in self))",
         ("test_recall.py::test_more_tokens_than_are_attended_with_at_once_recall",),
     ),
     (
+        "blocks are told that were archived since",
+        "count -= archive.lost",
+        "count = archive.held",
+        _TILES,
+    ),
+    (
+        "rows are archived over those before",
+        "write(pad(part, 0, more), new, self.held)",
+        "write(pad(part, 0, more), new, 0)",
+        _READ,
+    ),
+    (
+        "a limit is what a log has at least",
+        "max(2, limit_rows // BLOCK) if limit_rows",
+        "max(2, -(-limit_rows // BLOCK)) if limit_rows",
+        ("test_recall.py::test_a_limit_on_disk_is_kept_and_the_oldest_go",),
+    ),
+    (
+        "tokens can be taken back where some are lost",
+        "flushes = () if archive.lost else recall.flushes",
+        "flushes = recall.flushes",
+        ("test_recall.py::test_what_is_lost_is_not_taken_back",),
+    ),
+    (
         "queries are compared with the archive unscaled",
-        "asked, shown = queries * args.scale, known.slots",
-        "asked, shown = queries, known.slots",
+        "n, asked = queries.shape[2], queries * args.scale",
+        "n, asked = queries.shape[2], queries",
         _READ,
     ),
     (
         "queries of parts are compared with the archive unscaled",
-        "_Ahead.of(slots, queries * args.scale, chunk.keys)",
-        "_Ahead.of(slots, queries, chunk.keys)",
+        "ahead = Ahead(queries * args.scale, chunk.keys.shape[1], archive)",
+        "ahead = Ahead(queries, chunk.keys.shape[1], archive)",
         _READ,
     ),
     (
         "what goes to the archive within a chunk is out of its sight",
-        "            self._attention.archived(rows, slots.recall.archive)\n",
-        "            pass\n",
+        "        ahead.archived(before.waiting.cut(0, n), slots.recall.archive)\n",
+        "        pass\n",
         _READ,
     ),
     (
@@ -359,32 +346,16 @@ _ARCHIVE = [
         ("test_recall.py::test_a_limit_on_disk_is_kept_and_the_oldest_go",),
     ),
     (
-        "what is told of a chunk is what its first token read",
-        "return cls(attention, queries[:, :, -1:])",
-        "return cls(attention, queries[:, :, :1])",
+        "the row that was archived last is in no tile",
+        "for start, stop in tiles(self.held, most):",
+        "for start, stop in tiles(self.held - 1, most):",
         _READ,
     ),
     (
-        "the last positions seen are in no tile",
-        "for start, stop in tiles(min(self.room, self.seen), most):",
-        "for start, stop in tiles(min(self.room, self.seen - 16), most):",
-        _READ,
-    ),
-    (
-        "the last positions seen are in no tile of a disk",
-        "tiles(min(self.room, seen - self.index.start), most):",
-        "tiles(min(self.room, seen - self.index.start - 16), most):",
+        "the row that was archived last is in no tile of a disk",
+        "for start, stop in tiles(self._log.count - first, most):",
+        "for start, stop in tiles(self._log.count - first - 1, most):",
         ("test_recall.py::test_an_archive_on_disk_gives_what_one_in_memory_gives",),
-    ),
-    (
-        "rows that were cut off a log are still in their places",
-        "self.places[self.places >= count] = -1",
-        "pass",
-    ),
-    (
-        "rows in a log are numbered from the first again",
-        "numbers = np.arange(first, first + positions.shape[2], dtype=np.int32)",
-        "numbers = np.arange(0, positions.shape[2], dtype=np.int32)",
     ),
     (
         "a copy goes on with what another one archived",
@@ -393,8 +364,8 @@ _ARCHIVE = [
     ),
     (
         "rows that wait for a disk are not taken back",
-        "given = self.given[:-1] if self.given else ()",
-        "given = self.given",
+        "return replace(self, count=self.count - n, given=self.given[:-1])",
+        "return replace(self, count=self.count - n)",
         _BACK,
     ),
     (
@@ -432,8 +403,8 @@ _SAVED = [
     ),
     (
         "keys of an archive are saved for its values",
-        "rows = (to_arrays(archive.keys), to_arrays(archive.values), archive.there)",
-        "rows = (to_arrays(archive.keys), to_arrays(archive.keys), archive.there)",
+        "rows = tuple(map(to_arrays, archive.rows()))",
+        "rows = tuple(map(to_arrays, (archive.rows()[i] for i in (0, 0, 2))))",
     ),
     (
         "rows that wait for the archive are not loaded",

@@ -7,14 +7,13 @@ see CHANGELOG.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from ..policies import RECALL_BLOCK
-from ..storage.archive import Archive, Rows, Tile, stored_as
+from ..storage.archive import Archive, Rows, stored_as
 from ..storage.device import on_gpu
 from ..storage.disk_archive import DiskArchive
 from ..storage.entries import product
@@ -48,66 +47,59 @@ class Recalled(NamedTuple):
 
 
 def recall(
-    queries: mx.array,
-    archive: Archive | DiskArchive,
-    waiting: Rows | None = None,
-    *,
-    shown: int,
-    newest: int = 1,
-) -> tuple[Recalled | None, mx.array | None]:
+    queries: mx.array, archive: Archive | DiskArchive, waiting: Rows | None = None
+) -> Recalled | None:
     """Attend to all evicted rows: those of an archive, and those that wait for it.
 
-    queries: [B, n_heads, L, head_dim], scaled; shown: a multiple of 16. Returns, for so
-    many of the newest queries, the archived positions that each attends to most too, in
-    blocks of 16, -1 where one has no row: int32 [B, n_kv_heads, newest, shown], or all
-    that the archive may have; None if it has no row. The heads of a KV head have
-    them together.
+    queries: [B, n_heads, L, head_dim], scaled. None: there are none.
     """
-    if waiting is None and not archive.room:
-        return None, None
+    if waiting is None and not archive.held:
+        return None
     heads = archive.n_kv_heads if waiting is None else waiting.keys.shape[1]
-    found = _Found(newest)
-    ahead = Ahead(queries, heads, archive, found)
-    return ahead.next(queries.shape[2], waiting), found.positions(archive, shown)
+    return Ahead(queries, heads, archive).next(queries.shape[2], waiting)
 
 
 def attended_most(
-    queries: mx.array, archive: Archive | DiskArchive, *, shown: int
-) -> mx.array | None:
-    """Return the archived positions that `recall` says the queries attend to most."""
-    found = _Found(queries.shape[2])
-    if archive.room:
-        asked = _grouped(queries, archive.n_kv_heads)
-        for tile, logits in _tiles(asked, archive):
-            found.add(tile, logits)
-    return found.positions(archive, shown)
+    queries: mx.array, archive: Archive | DiskArchive, count: int, n: int
+) -> np.ndarray | None:
+    """Return which of an archive's first `count` rows each query attends to most.
+
+    queries: [B, n_heads, L, head_dim], scaled; n: a multiple of 16. Returns positions
+    in blocks of 16, -1 where one has no row: int32 [B, n_kv_heads, L, n]; None if there
+    are no rows. The heads of a KV head have them together.
+    """
+    count -= archive.lost
+    if min(count, archive.held) <= 0:
+        return None
+    asked = _grouped(queries, archive.n_kv_heads)
+    logits, positions = [], []
+    for tile in archive.tiles(_TOGETHER // asked.shape[3]):
+        logits.append(np.array(_logits(asked, tile).max(axis=2)))
+        positions.append(np.array(tile.positions))
+    found = np.concatenate(logits, axis=-1)[..., :count]
+    there = np.concatenate(positions, axis=-1)[..., :count]
+    most = np.full((*found.shape[:3], n), -1, np.int32)
+    for b, h in np.ndindex(*found.shape[:2]):
+        # H' may be 1.
+        of_head = there[b, min(h, there.shape[1] - 1)]
+        best = _in_best_blocks(found[b, h], of_head, n // RECALL_BLOCK)
+        most[b, h, :, : best.shape[1]] = best
+    return most
 
 
-class _Found:
-    """The greatest logits of the newest queries, of tile after tile."""
-
-    def __init__(self, newest: int):
-        self._newest = newest
-        self.best: list[mx.array] = []
-        self._there: list[mx.array] = []
-
-    def add(self, tile: Tile, logits: mx.array) -> None:
-        """logits: [B, n_kv_heads, G, L, n]."""
-        blocks = mx.unflatten(logits[..., -self._newest :, :], -1, (-1, RECALL_BLOCK))
-        # One axis after the other: both at once take MLX's CPU backend longer.
-        self.best.append(blocks.max(axis=-1).max(axis=2))
-        self._there.append(tile.there)
-
-    def positions(self, archive: Archive | DiskArchive, shown: int) -> mx.array | None:
-        """Return those in the best blocks, -1 where there is no row."""
-        if not self.best:
-            return None
-        blocks = mx.concatenate(self.best, axis=-1)
-        columns = _greatest_blocks(blocks, min(shown // RECALL_BLOCK, blocks.shape[-1]))
-        held = mx.concatenate(self._there, axis=-1)[:, :, None]
-        held = mx.broadcast_to(held, (*columns.shape[:3], held.shape[-1]))
-        held = mx.take_along_axis(held, columns, axis=-1)
-        return mx.where(held, archive.start + columns, -1)
+def _in_best_blocks(logits: np.ndarray, positions: np.ndarray, n: int) -> np.ndarray:
+    """Positions [N] in the n blocks with the greatest logits [L, N], ascending."""
+    order = np.argsort(positions)
+    positions, logits = positions[order], logits[:, order]
+    starts = np.flatnonzero(np.diff(positions // RECALL_BLOCK, prepend=-1))
+    best = np.maximum.reduceat(logits, starts, axis=1)
+    n = min(n, len(starts))
+    blocks = np.sort(np.argpartition(-best, n - 1, axis=1)[:, :n], axis=1)
+    stops = np.append(starts[1:], len(positions))
+    places = starts[blocks][..., None] + np.arange(RECALL_BLOCK)
+    there = places < stops[blocks][..., None]
+    found = np.where(there, positions[np.minimum(places, len(positions) - 1)], -1)
+    return found.reshape(len(logits), -1)
 
 
 class Ahead:
@@ -116,32 +108,23 @@ class Ahead:
     What is archived between two parts is told, so that each row is unpacked once for
     all queries that attend to it.
 
-    queries: [B, n_heads, L, head_dim], scaled; found: is given all tiles.
+    queries: [B, n_heads, L, head_dim], scaled.
     """
 
     def __init__(
-        self,
-        queries: mx.array,
-        n_kv_heads: int,
-        archive: Archive | DiskArchive,
-        found: _Found | None = None,
+        self, queries: mx.array, n_kv_heads: int, archive: Archive | DiskArchive
     ):
         self._asked = _grouped(queries, n_kv_heads)
-        self._begin(archive, found)
+        self._begin(archive)
 
-    def _begin(
-        self, archive: Archive | DiskArchive, found: _Found | None = None
-    ) -> None:
+    def _begin(self, archive: Archive | DiskArchive) -> None:
         self._sums, self._lost = _NOTHING, archive.lost
-        self._is_empty = not archive.room
-        for tile, logits in _tiles(self._asked, archive):
-            self._sums = self._sums.with_tile(logits, tile)
-            if found is not None:
-                found.add(tile, logits)
-            if self._asked.shape[3] * archive.room > _MANY:
+        self._is_empty = not archive.held
+        for tile in archive.tiles(_TOGETHER // self.left):
+            self._sums = self._sums.with_rows(self._asked, tile)
+            if self.left * archive.held > _MANY:
                 # On the CPU `_exponential` waits anyway.
-                wanted = [] if found is None else found.best[-1:]
-                (mx.async_eval if on_gpu() else mx.eval)(*self._sums, *wanted)
+                (mx.async_eval if on_gpu() else mx.eval)(*self._sums)
 
     @property
     def left(self) -> int:
@@ -154,9 +137,11 @@ class Ahead:
         if n < self.left:
             asked, sums = asked[..., :n, :], sums.cut(0, n)
         self._asked, self._sums = self._asked[..., n:, :], self._sums.cut(n, None)
-        if self._is_empty and waiting is None:
+        if waiting is not None:
+            sums = sums.with_rows(asked, waiting)
+        elif self._is_empty:
             return None
-        return sums.with_rows(asked, waiting).recalled()
+        return sums.recalled()
 
     def archived(self, rows: Rows, archive: Archive | DiskArchive) -> None:
         """Let the queries left attend to rows that the archive has now, too."""
@@ -175,14 +160,6 @@ def _grouped(queries: mx.array, n_kv_heads: int) -> mx.array:
     return queries.astype(mx.float32).reshape(batch, n_kv_heads, group, *shape)
 
 
-def _tiles(
-    asked: mx.array, archive: Archive | DiskArchive
-) -> Iterator[tuple[Tile, mx.array]]:
-    """Yield an archive's tiles, and the logits of each [B, n_kv_heads, G, L, n]."""
-    for tile in archive.tiles(_TOGETHER // asked.shape[3]):
-        yield tile, _logits(asked, tile)
-
-
 class _Sums(NamedTuple):
     """Sums over rows of exponentials of logits - top [B, n_kv_heads, G, L, ·].
 
@@ -193,20 +170,14 @@ class _Sums(NamedTuple):
     total: mx.array
     top: mx.array
 
-    def with_tile(self, logits: mx.array, tile: Tile) -> _Sums:
+    def with_rows(self, asked: mx.array, rows: Rows) -> _Sums:
+        logits = _logits(asked, rows)
         top = mx.maximum(self.top, logits.max(axis=-1, keepdims=True))
         weights, before = _exponential(logits - top), mx.exp(self.top - top)
-        output = product(weights.flatten(2, 3), tile.values, transpose=False)
+        output = product(weights.flatten(2, 3), rows.values, transpose=False)
         output = output.reshape(*weights.shape[:4], -1)
         total = weights.sum(axis=-1, keepdims=True)
         return _Sums(self.output * before + output, self.total * before + total, top)
-
-    def with_rows(self, asked: mx.array, rows: Rows | None) -> _Sums:
-        """With rows by position, -1 for none; None: as they are."""
-        if rows is None:
-            return self
-        tile = Tile(rows.keys, rows.values, rows.positions >= 0)
-        return self.with_tile(_logits(asked, tile), tile)
 
     def cut(self, start: int, stop: int | None) -> _Sums:
         """Return those of queries start to stop."""
@@ -215,27 +186,17 @@ class _Sums(NamedTuple):
         return _Sums(*(a[..., start:stop, :] for a in self))
 
     def recalled(self) -> Recalled:
-        # There is nothing in a batch row that has evicted nothing.
-        output = self.output / mx.where(self.total == 0, 1, self.total)
-        lse = self.top + mx.log(self.total)
+        output, lse = self.output / self.total, self.top + mx.log(self.total)
         return Recalled(output.flatten(1, 2), lse.flatten(1, 2))
 
 
 _NOTHING = _Sums(mx.array(0.0), mx.array(0.0), mx.array(_LOWEST))
 
 
-def _logits(queries: mx.array, tile: Tile) -> mx.array:
-    """[B, n_kv_heads, G, L, n], -inf where there is no row."""
-    logits = product(queries.flatten(2, 3), tile.keys, transpose=True)
-    logits = logits.reshape(*queries.shape[:4], -1)
-    return mx.where(tile.there[:, :, None, None], logits, -mx.inf)
-
-
-def _greatest_blocks(best: mx.array, n: int) -> mx.array:
-    """The places in the n greatest blocks of the last axis, in order."""
-    blocks = mx.sort(mx.argpartition(-best, n - 1)[..., :n])
-    places = blocks[..., None] * RECALL_BLOCK + mx.arange(RECALL_BLOCK)
-    return places.flatten(-2, -1).astype(mx.int32)
+def _logits(queries: mx.array, rows: Rows) -> mx.array:
+    """[B, n_kv_heads, G, L, n]."""
+    logits = product(queries.flatten(2, 3), rows.keys, transpose=True)
+    return logits.reshape(*queries.shape[:4], -1)
 
 
 def _exponential(logits: mx.array) -> mx.array:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..attention.recalled import attended_most
 from ..storage.disk_archive import Disk, DiskArchive
 from ..storage.slots import Slots
 
@@ -12,11 +13,6 @@ class Archived:
     """The archive of a cache with `recall`."""
 
     _slots: Slots
-
-    @property
-    def seen(self) -> int:
-        """Tokens seen."""
-        raise NotImplementedError
 
     @property
     def archives_on_disk(self) -> bool:
@@ -31,29 +27,33 @@ class Archived:
         """
         recall = self._slots.recall
         assert recall is not None
-        archive = recall.archive.in_memory(self.seen)
+        archive = recall.archive.in_memory()
         slots = self._slots.twin()
         if disk is not None:
-            archive = DiskArchive.of(archive, disk, self.seen)
-        slots.recall = replace(recall, archive=archive)
+            archive = DiskArchive.of(archive, disk)
+        # Where some are lost, those that are taken back cannot be told from them.
+        flushes = () if archive.lost else recall.flushes
+        slots.recall = replace(recall, archive=archive, flushes=flushes)
         self._slots = slots
 
     @property
     def recalled_positions(self) -> list[int]:
         """The indices of the evicted that the newest attended to most, ascending."""
-        recall = self._slots.recall
-        if recall is None or recall.read is None:
-            return []
-        found = np.unique(np.array(recall.read))
-        return found[found >= 0].tolist()
+        read = self._read()
+        return [] if read is None else np.unique(read[read >= 0]).tolist()
 
     @property
     def recalled(self) -> int:
         """How many they are, at most in a KV head."""
+        read = self._read()
+        return 0 if read is None else int((read >= 0).sum(axis=-1).max())
+
+    def _read(self) -> np.ndarray | None:
         recall = self._slots.recall
-        if recall is None or recall.read is None:
-            return 0
-        return int((recall.read >= 0).sum(axis=-1).max())
+        if recall is None or recall.asked is None:
+            return None
+        queries, count = recall.asked
+        return attended_most(queries, recall.archive, count, recall.slots)
 
     @property
     def archived(self) -> int:

@@ -18,13 +18,13 @@ from ..attention.evict import (
     evict_oldest,
     left_to_kernel,
 )
-from ..attention.recalled import Ahead, Recalled, attended_most, recall
+from ..attention.recalled import Ahead, attended_most, recall
 from ..attention.softmax import attend_newest, plain_attention
 from ..eviction import window_mask
 from ..storage.archive import Rows
 from ..storage.entries import Entries, to_mlx
 from ..storage.fields import position_range
-from ..storage.recall import Recall
+from ..storage.recall import Asked, Recall
 from ..storage.slots import Slots
 
 
@@ -69,23 +69,14 @@ def attend(
     values: Entries,
     args: AttentionArgs,
     *,
-    once: bool,
-) -> Attended:
-    """Attend to what `store` gave; evict afterwards what the rule says."""
-    args = _with_recalled(slots, queries, args)
-    return _attend(slots, queries, keys, values, args, once=once)
-
-
-def _attend(
-    slots: Slots,
-    queries: mx.array,
-    keys: Entries,
-    values: Entries,
-    args: AttentionArgs,
-    *,
     once: bool = False,
+    ahead: Ahead | None = None,
 ) -> Attended:
-    """As `attend`; what is read of the evicted is among the arguments."""
+    """Attend to what `store` gave; evict afterwards what the rule says.
+
+    ahead: what the queries read of an archive, if they are a part of a chunk.
+    """
+    args = _with_recalled(slots, queries, args, ahead)
     rule, one = slots.rule, queries.shape[2] == 1
     if rule.by_age:
         if one and slots.evicted:
@@ -101,24 +92,26 @@ def _attend(
 
 
 def _with_recalled(
-    slots: Slots, queries: mx.array, args: AttentionArgs
+    slots: Slots, queries: mx.array, args: AttentionArgs, ahead: Ahead | None
 ) -> AttentionArgs:
     """With what the queries read of the evicted."""
     if slots.recall is None:
         return args
-    n = length = queries.shape[2]
-    known, waiting = _known_before(slots, slots.offset - length)
-    watched = slots.observer.wants_recalled
-    if not watched:
-        n = 1
-    asked, shown = queries * args.scale, known.slots
-    recalled, read = recall(asked, known.archive, waiting, shown=shown, newest=n)
-    last = None if read is None else read[:, :, -1]
-    slots.recall = replace(known, read=last)
-    if watched and read is not None:
-        steps = range(slots.offset - n, slots.offset)
-        slots.observer.recalled(steps, read.flatten(2, 3))
-    return args._replace(recalled=recalled)
+    n, asked = queries.shape[2], queries * args.scale
+    known, waiting = _known_before(slots, slots.offset - n)
+    archive = known.archive
+    # Scaled by itself: a cut of all that are scaled would hold them all in memory.
+    newest = Asked(queries[:, :, -1:] * args.scale, archive.count)
+    slots.recall = replace(known, asked=newest)
+    if slots.observer.wants_recalled:
+        read = attended_most(asked, archive, archive.count, known.slots)
+        if read is not None:
+            steps = range(slots.offset - n, slots.offset)
+            positions = to_mlx(read.reshape(*read.shape[:2], -1))
+            slots.observer.recalled(steps, positions)
+    if ahead is not None:
+        return args._replace(recalled=ahead.next(n, waiting))
+    return args._replace(recalled=recall(asked, archive, waiting))
 
 
 def _known_before(slots: Slots, offset: int) -> tuple[Recall, Rows | None]:
@@ -152,7 +145,11 @@ def attend_in_parts(
     outputs, start, length = [], 0, chunk.length
     whole = _Mask(slots, args.array_mask, queries)
     first = slots.next_rotary
-    ahead = _Ahead.of(slots, queries * args.scale, chunk.keys)
+    ahead = None
+    if slots.recall is not None:
+        slots.recall, _ = _known_before(slots, slots.offset)
+        archive = slots.recall.archive
+        ahead = Ahead(queries * args.scale, chunk.keys.shape[1], archive)
     while start < length:
         cut = slots.next_cut(slots.offset)
         assert cut is not None
@@ -176,56 +173,23 @@ def attend_in_parts(
             mask = whole.cut(mx.concatenate([there, own], axis=2), start, stop)
             mask = _without_evicted(slots, stop - start, mask)
             entries = store(slots, Chunk(*new))
-        own = args.with_mask(mask)
-        if ahead is None:
-            attended = attend(slots, asked, *entries, own, once=False)
-            slots.do_scheduled()
-        else:
-            own = own._replace(recalled=ahead.next(slots, stop - start))
-            attended = _attend(slots, asked, *entries, own)
-            ahead.do_scheduled(slots)
+        attended = attend(slots, asked, *entries, args.with_mask(mask), ahead=ahead)
+        _do_scheduled(slots, ahead)
         outputs.append(attended.output)
         start = stop
     return mx.concatenate(outputs, axis=2)
 
 
-class _Ahead:
-    """What all queries of a chunk read of the evicted."""
-
-    def __init__(self, attention: Ahead, newest: mx.array):
-        self._attention, self._newest = attention, newest
-
-    @classmethod
-    def of(cls, slots: Slots, queries: mx.array, keys: mx.array) -> _Ahead | None:
-        """queries: scaled. None: there is no recall, or each part is watched."""
-        if slots.recall is None or slots.observer.wants_recalled:
-            return None
-        slots.recall, _ = _known_before(slots, slots.offset)
-        attention = Ahead(queries, keys.shape[1], slots.recall.archive)
-        return cls(attention, queries[:, :, -1:])
-
-    def next(self, slots: Slots, n: int) -> Recalled | None:
-        """Return what is read by the next n queries, whose tokens are stored."""
-        known, waiting = _known_before(slots, slots.offset - n)
-        recalled = self._attention.next(n, waiting)
-        if not self._attention.left:
-            read = attended_most(self._newest, known.archive, shown=known.slots)
-            last = None if read is None else read[:, :, -1]
-            slots.recall = replace(known, read=last)
-        return recalled
-
-    def do_scheduled(self, slots: Slots) -> None:
-        """Do what is due; what is archived then is read by the queries left."""
-        before = slots.recall
-        slots.do_scheduled()
-        if not self._attention.left:
-            return
-        slots.recall, _ = _known_before(slots, slots.offset)
-        assert before is not None
-        n = slots.recall.archive.count - before.archive.count
-        if n and before.waiting is not None:
-            rows = before.waiting.cut(0, n)
-            self._attention.archived(rows, slots.recall.archive)
+def _do_scheduled(slots: Slots, ahead: Ahead | None) -> None:
+    """Do what is due; the queries left read what is archived then."""
+    before = slots.recall
+    slots.do_scheduled()
+    if ahead is None or before is None or not ahead.left:
+        return
+    slots.recall, _ = _known_before(slots, slots.offset)
+    n = slots.recall.archive.count - before.archive.count
+    if n and before.waiting is not None:
+        ahead.archived(before.waiting.cut(0, n), slots.recall.archive)
 
 
 class _Mask:

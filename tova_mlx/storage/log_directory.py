@@ -13,7 +13,6 @@ import resource
 import weakref
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import BinaryIO
 
 from ..errors import OptionError, TovaError
 from .row_log import FILE_NAME, FLAGS, MAGIC, Parts, RowLog, write_all
@@ -79,17 +78,6 @@ class LogDirectory:
             raise self._unusable(error) from error
         self._logs[:] = [*(log for log in self._logs if not log.closed), log]
         return log
-
-    def nameless(self, name: str) -> BinaryIO:
-        """Open a file that has no name any more, so that it goes when it is closed.
-
-        name: of the log that it is for: should a kill come before its own is gone, it
-        is one that the next run knows. Raises OSError.
-        """
-        path = self.path / f"{name}.unnamed.rows"
-        fd = os.open(path, FLAGS | os.O_CREAT | os.O_EXCL, 0o600)
-        os.unlink(path)
-        return os.fdopen(fd, "w+b")
 
     def close(self) -> None:
         """Delete the logs; the second time does nothing."""

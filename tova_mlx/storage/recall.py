@@ -25,14 +25,23 @@ class Flush(NamedTuple):
     rows: Rows
 
 
+class Asked(NamedTuple):
+    """The newest token's queries [B, n_heads, 1, head_dim], scaled.
+
+    archived: how many rows the archive had been given then.
+    """
+
+    queries: mx.array
+    archived: int
+
+
 @dataclass(frozen=True)
 class Recall:
     """What of a layer's evicted tokens is known.
 
     slots: of rows that wait; first: how many tokens are held before one is evicted;
     period: tokens after which evicted rows go to the archive; waiting: those that are
-    not archived yet, in order of step; read: int32 [B, n_kv_heads, slots], the archived
-    positions that the newest token attended to most (-1: none).
+    not archived yet, in order of step; asked: what the newest token attended with.
     """
 
     slots: int
@@ -41,7 +50,7 @@ class Recall:
     journal: int
     period: int
     waiting: Rows | None = None
-    read: mx.array | None = None
+    asked: Asked | None = None
     flushes: tuple[Flush, ...] = ()
 
     def empty(self) -> Recall:
@@ -59,7 +68,7 @@ class Recall:
     @property
     def tied_to(self) -> list[mx.array]:
         """What nobody may read for long, to be evaluated with every step."""
-        return [] if self.read is None else [self.read]
+        return [] if self.asked is None else [self.asked.queries]
 
     @property
     def nbytes(self) -> int:
@@ -71,9 +80,9 @@ class Recall:
 
         per_token: bytes of a token's keys, values and positions in the slots.
         """
-        read = 4 * keys.shape[0] * keys.shape[1] * self.slots
+        asked = 0 if self.asked is None else self.asked.queries.nbytes
         flushes = 1 + self.journal // self.period if self.journal else 0
-        return read + per_token * (self.period + 1) * (1 + flushes)
+        return asked + per_token * (self.period + 1) * (1 + flushes)
 
     def next_cut(self, offset: int) -> int:
         """Return how many tokens are seen when rows go to the archive next."""
@@ -105,7 +114,7 @@ class Recall:
         flushes = tuple(f for f in self.flushes if f.offset > offset - self.journal)
         return replace(
             self,
-            archive=self.archive.add(rows, offset),
+            archive=self.archive.add(rows),
             waiting=rest if rest.length else None,
             flushes=(*flushes, Flush(offset, rows)) if self.journal else (),
         )
@@ -122,7 +131,7 @@ class Recall:
         archive, waiting = self.archive, self.waiting
         undone = [f for f in self.flushes if f.offset > to]
         for flush in reversed(undone):
-            archive = archive.without(flush.rows)
+            archive = archive.without(flush.rows.length)
             waiting = _joined(flush.rows, waiting)
         n = max(0, to - self.first - archive.count)
         waiting = waiting.cut(0, n) if n and waiting is not None else None
@@ -131,7 +140,7 @@ class Recall:
             self,
             archive=archive,
             waiting=waiting,
-            read=None,
+            asked=None,
             flushes=kept,
         )
 

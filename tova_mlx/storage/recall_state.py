@@ -27,8 +27,8 @@ def recall_to_state(recall: Recall) -> tuple[Any, dict[str, Any]]:
     """Return arrays, nested, and what JSON can hold."""
     archive, waiting = recall.archive, recall.waiting
     rows: Any = (None, None, None)
-    if isinstance(archive, Archive):
-        rows = (to_arrays(archive.keys), to_arrays(archive.values), archive.there)
+    if isinstance(archive, Archive) and archive.held:
+        rows = tuple(map(to_arrays, archive.rows()))
     held = None if waiting is None else tuple(map(to_arrays, waiting))
     arrays = (rows, held)
     config = {
@@ -69,7 +69,7 @@ def fill_recall(recall: Recall, arrays: Any, slots: Slots) -> Recall:
 
     Raises ValueError, TypeError: no reading of a text could have made it.
     """
-    (keys, values, there), waiting = arrays
+    (keys, values, positions), waiting = arrays
     empty = recall.archive
     assert isinstance(empty, Archive)
     # What went to the archive when rows last could.
@@ -78,20 +78,18 @@ def fill_recall(recall: Recall, arrays: Any, slots: Slots) -> Recall:
     left = slots.offset - recall.first - count - (slots.victim is not None)
     if empty.lost > count:
         raise ValueError(f"{empty.lost} rows lost of {count}")
-    archive = empty
-    if count:
+    archive = replace(empty, count=count)
+    if archive.held:
         stored = empty.storage
         archive = replace(
-            empty,
-            count=count,
-            seen=flushed,
+            archive,
             keys=from_arrays(keys, stored.keys),
             values=from_arrays(values, stored.values),
-            there=there,
+            positions=positions,
         )
-        _check_archive(archive, slots, flushed)
-    elif any(a is not None for a in (keys, values, there)):
-        raise ValueError("an archive, but nothing was archived")
+        _check_archive(archive, slots)
+    elif any(a is not None for a in (keys, values, positions)):
+        raise ValueError("an archive, but there is nothing in it")
     rows = _rows(waiting, slots, max(0, left))
     _check_together(archive, rows, slots)
     return replace(
@@ -124,19 +122,17 @@ def _rows(state: Any, slots: Slots, n: int) -> Rows | None:
     return rows
 
 
-def _check_archive(archive: Archive, slots: Slots, seen: int) -> None:
+def _check_archive(archive: Archive, slots: Slots) -> None:
     batch, heads = slots.keys.shape[:2]
-    room = archive.keys.shape[2]
-    if room % RECALL_BLOCK or room < seen:
-        raise ValueError(f"an archive of {room} positions")
+    n = archive.held
     for stored, own in ((archive.keys, slots.keys), (archive.values, slots.values)):
-        if tuple(stored.shape) != (batch, heads, room, own.shape[3]):
+        if tuple(stored.shape) != (batch, heads, n, own.shape[3]):
             raise ValueError(f"an archive of {list(stored.shape)}")
-    shape = (batch, slots.eviction_heads(slots.keys), room)
-    if not is_array(archive.there, shape, mx.bool_):
-        raise ValueError(f"what is archived is not {mx.bool_} {list(shape)}")
-    check_finite(archive.keys, room)
-    check_finite(archive.values, room)
+    shape = (batch, slots.eviction_heads(slots.keys), n)
+    if not is_array(archive.positions, shape, mx.int32):
+        raise ValueError(f"positions archived are not {mx.int32} {list(shape)}")
+    check_finite(archive.keys, n)
+    check_finite(archive.values, n)
 
 
 def _check_together(archive: Archive, waiting: Rows | None, slots: Slots) -> None:
@@ -145,12 +141,10 @@ def _check_together(archive: Archive, waiting: Rows | None, slots: Slots) -> Non
     known = [np.array(positions)]
     if waiting is not None:
         known.append(np.array(waiting.positions))
-    there = None if archive.there is None else np.array(archive.there)
+    if archive.held:
+        known.append(np.array(archive.rows().positions))
     for place in np.ndindex(known[0].shape[:2]):
-        parts = [part[place] for part in known]
-        if there is not None:
-            parts.append(np.flatnonzero(there[place]))
-        found = np.sort(np.concatenate(parts))
+        found = np.sort(np.concatenate([part[place] for part in known]))
         if (
             len(found) != slots.offset - archive.lost
             or not (np.diff(found) > 0).all()

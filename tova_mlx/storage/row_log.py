@@ -50,7 +50,7 @@ class RowLog:
     ):
         self.name, self.first, self.closed = name, 0, False
         # Places for blocks in a file, where they go round.
-        self._places = max(2, -(-limit_rows // BLOCK)) if limit_rows else sys.maxsize
+        self._places = max(2, limit_rows // BLOCK) if limit_rows else sys.maxsize
         self._failed = ""
         self._blocks = self._buffered = 0
         # Whether the block at a place was read since it was written, and was whole.
