@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..attention.recalled import attended_most
+from ..errors import CacheStateError
 from ..storage.disk_archive import Disk, DiskArchive
 from ..storage.slots import Slots
 
@@ -39,21 +40,25 @@ class Archived:
     @property
     def recalled_positions(self) -> list[int]:
         """The indices of the evicted that the newest attended to most, ascending."""
-        read = self._read()
+        recall = self._slots.recall
+        if recall is None or recall.asked is None:
+            return []
+        queries, count = recall.asked
+        try:
+            read = attended_most(queries, recall.archive, count, recall.slots)
+        except CacheStateError:
+            # Of a damaged disk; the next token says so.
+            return []
         return [] if read is None else np.unique(read[read >= 0]).tolist()
 
     @property
     def recalled(self) -> int:
-        """How many they are, at most in a KV head."""
-        read = self._read()
-        return 0 if read is None else int((read >= 0).sum(axis=-1).max())
-
-    def _read(self) -> np.ndarray | None:
+        """How many evicted tokens are attended to: archived, or on the way there."""
         recall = self._slots.recall
-        if recall is None or recall.asked is None:
-            return None
-        queries, count = recall.asked
-        return attended_most(queries, recall.archive, count, recall.slots)
+        if recall is None:
+            return 0
+        waiting = 0 if recall.waiting is None else recall.waiting.length
+        return recall.archive.count - recall.archive.lost + waiting
 
     @property
     def archived(self) -> int:

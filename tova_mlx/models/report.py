@@ -20,8 +20,8 @@ OURS = (PolicyKVCache, BatchPolicyKVCache)
 class Row:
     """A layer. Tokens and bytes; `bytes_at_most` None: without limit or not known.
 
-    archived, archive_bytes: what was evicted and is attended to all the same; not part
-    of the others. recalled: how many of it the newest token is said to have read most.
+    recalled: evicted tokens that are attended to all the same; archived: how many went
+    to an archive, those that a limit has dropped too. Not part of the others.
     """
 
     layer: int
