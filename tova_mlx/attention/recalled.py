@@ -18,11 +18,11 @@ from ..storage.device import on_gpu
 from ..storage.disk_archive import DiskArchive
 from ..storage.entries import product
 
-# Weights of a head that a tile has: more do not stay in a CPU's cache, and take twice
-# as long.
-_TOGETHER = 1 << 17
-# Weights of a head beyond which each tile is computed before the next is thought of.
+# Weights of a head that a tile has; and in all, beyond which each tile is computed
+# before the next is thought of.
 _MANY = 1 << 20
+# That a tile has on a CPU: more do not stay in its cache, and take twice as long.
+_FEWER = 1 << 17
 # Below all logits, and still a number: its exponential is 0.
 _LOWEST = mx.finfo(mx.float32).min
 
@@ -73,7 +73,7 @@ def attended_most(
         return None
     asked = _grouped(queries, archive.n_kv_heads)
     logits, positions = [], []
-    for tile in archive.tiles(_TOGETHER // asked.shape[3]):
+    for tile in archive.tiles(_rows_at_once(asked)):
         logits.append(np.array(_logits(asked, tile).max(axis=2)))
         positions.append(np.array(tile.positions))
     found = np.concatenate(logits, axis=-1)[..., :count]
@@ -120,7 +120,7 @@ class Ahead:
     def _begin(self, archive: Archive | DiskArchive) -> None:
         self._sums, self._lost = _NOTHING, archive.lost
         self._is_empty = not archive.held
-        for tile in archive.tiles(_TOGETHER // self.left):
+        for tile in archive.tiles(_rows_at_once(self._asked)):
             self._sums = self._sums.with_rows(self._asked, tile)
             if self.left * archive.held > _MANY:
                 # On the CPU `_exponential` waits anyway.
@@ -158,6 +158,11 @@ def _grouped(queries: mx.array, n_kv_heads: int) -> mx.array:
     batch, n_heads, *shape = queries.shape
     group = n_heads // n_kv_heads
     return queries.astype(mx.float32).reshape(batch, n_kv_heads, group, *shape)
+
+
+def _rows_at_once(asked: mx.array) -> int:
+    """Rows of a tile, given the queries [B, n_kv_heads, G, L, head_dim]."""
+    return (_MANY if on_gpu() else _FEWER) // asked.shape[3]
 
 
 class _Sums(NamedTuple):
