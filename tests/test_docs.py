@@ -42,12 +42,15 @@ def blocks(kind):
 
 
 PROGRAMS = blocks("python")
-COMMANDS = [
-    shlex.split(line, comments=True)
-    for codes in blocks("console").values()
-    for code in codes
-    for line in re.findall(r"^\$ (.*)$", code.replace("\\\n", ""), re.MULTILINE)
-]
+# Each once, on however many pages it is.
+COMMANDS = list(
+    dict.fromkeys(
+        tuple(shlex.split(line, comments=True))
+        for codes in blocks("console").values()
+        for code in codes
+        for line in re.findall(r"^\$ (.*)$", code.replace("\\\n", ""), re.MULTILINE)
+    )
+)
 
 
 @pytest.mark.parametrize("name", quality_table.TABLES)
