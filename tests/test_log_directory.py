@@ -128,6 +128,8 @@ def test_a_lock_deleted_while_it_was_opened_is_not_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", late)
     refused(tmp_path, "in use")
+    # No lock was made in place of the one that was deleted, and no log.
+    assert os.listdir(tmp_path) == []
 
 
 def test_places_that_cannot_be_used_are_refused(tmp_path, monkeypatch):

@@ -108,7 +108,7 @@ class Archive:
     def n_kv_heads(self) -> int:
         return self.keys.shape[1]
 
-    def tiles(self, most: int = TILE) -> Iterator[Rows]:
+    def tiles(self, most: int) -> Iterator[Rows]:
         """Yield all rows in order of eviction, about so many at once."""
         for start, stop in tiles(self.held, most):
             yield self._there().cut(start, stop)

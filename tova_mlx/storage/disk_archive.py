@@ -15,8 +15,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CacheStateError
-from .archive import TILE, Archive, Rows, stored_as, tiles
-from .entries import arrays_of, each, with_arrays
+from .archive import Archive, Rows, stored_as, tiles
+from .entries import arrays_of, with_arrays
 from .formats import Storage
 from .log_directory import LogDirectory
 from .row_log import RowLog
@@ -117,7 +117,7 @@ class Disk:
         return self._take(self._log.first, self._log.count)
 
     def _begin(self, rows: Rows) -> None:
-        self._like = Rows(*(each(lambda a: a[:, :, :0], part) for part in rows))
+        self._like = rows.cut(0, 0)
         parts: dict[str, tuple[Any, tuple[int, ...]]] = {
             name: (np.array(a).dtype, (*a.shape[:2], *a.shape[3:]))
             for name, a in _named(self._like).items()
@@ -216,7 +216,7 @@ class DiskArchive:
     def n_kv_heads(self) -> int:
         return self.disk.n_kv_heads
 
-    def tiles(self, most: int = TILE) -> Iterator[Rows]:
+    def tiles(self, most: int) -> Iterator[Rows]:
         """As `Archive.tiles`. Raises CacheStateError: rows that cannot be had."""
         return self.disk.tiles(most)
 
