@@ -323,15 +323,15 @@ _ARCHIVE = [
     ),
     (
         "what goes to the archive within a chunk is out of its sight",
-        "        ahead.archived(before.waiting.cut(0, n), slots.recall.archive)\n",
+        "        ahead.read(slots.recall.archive)\n",
         "        pass\n",
         _READ,
     ),
     (
-        "what goes to the archive within a chunk is read as it was before",
-        "self._sums.with_rows(self._asked, stored_as(archive.storage, rows))",
-        "self._sums.with_rows(self._asked, rows)",
-        ("test_recall.py::test_what_a_chunk_archives_it_reads_as_it_is_archived",),
+        "what was archived before a chunk is read again with each of its parts",
+        "archive.tiles(_rows_at_once(self._asked), self._read)",
+        "archive.tiles(_rows_at_once(self._asked), 0)",
+        _READ,
     ),
     (
         "each part of a chunk reads what the first does",
@@ -347,14 +347,14 @@ _ARCHIVE = [
     ),
     (
         "the row that was archived last is in no tile",
-        "for start, stop in tiles(self.held, most):",
-        "for start, stop in tiles(self.held - 1, most):",
+        "for start, stop in tiles(first, self.held, most):",
+        "for start, stop in tiles(first, self.held - 1, most):",
         _READ,
     ),
     (
         "the row that was archived last is in no tile of a disk",
-        "for start, stop in tiles(self._log.count - first, most):",
-        "for start, stop in tiles(self._log.count - first - 1, most):",
+        "tiles(self._log.first + first, self._log.count, most):",
+        "tiles(self._log.first + first, self._log.count - 1, most):",
         ("test_recall.py::test_an_archive_on_disk_gives_what_one_in_memory_gives",),
     ),
     (

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..policies import RECALL_BLOCK
-from ..storage.archive import Archive, Rows, stored_as
+from ..storage.archive import Archive, Rows
 from ..storage.device import on_gpu
 from ..storage.disk_archive import DiskArchive
 from ..storage.entries import product
@@ -115,16 +115,20 @@ class Ahead:
         self, queries: mx.array, n_kv_heads: int, archive: Archive | DiskArchive
     ):
         self._asked = _grouped(queries, n_kv_heads)
-        self._begin(archive)
+        self._sums, self._read, self._lost = _NOTHING, 0, archive.lost
+        self.read(archive)
 
-    def _begin(self, archive: Archive | DiskArchive) -> None:
-        self._sums, self._lost = _NOTHING, archive.lost
-        self._is_empty = not archive.held
-        for tile in archive.tiles(_rows_at_once(self._asked)):
+    def read(self, archive: Archive | DiskArchive) -> None:
+        """Let the queries left attend to what the archive has that it had not."""
+        if archive.lost != self._lost:
+            # What they attended to may be gone.
+            self._sums, self._read, self._lost = _NOTHING, 0, archive.lost
+        for tile in archive.tiles(_rows_at_once(self._asked), self._read):
             self._sums = self._sums.with_rows(self._asked, tile)
             if self.left * archive.held > _MANY:
                 # On the CPU `_exponential` waits anyway.
                 (mx.async_eval if on_gpu() else mx.eval)(*self._sums)
+        self._read = archive.held
 
     @property
     def left(self) -> int:
@@ -139,18 +143,9 @@ class Ahead:
         self._asked, self._sums = self._asked[..., n:, :], self._sums.cut(n, None)
         if waiting is not None:
             sums = sums.with_rows(asked, waiting)
-        elif self._is_empty:
+        elif not self._read:
             return None
         return sums.recalled()
-
-    def archived(self, rows: Rows, archive: Archive | DiskArchive) -> None:
-        """Let the queries left attend to rows that the archive has now, too."""
-        if archive.lost != self._lost:
-            # What they attended to may be gone.
-            self._begin(archive)
-            return
-        self._sums = self._sums.with_rows(self._asked, stored_as(archive.storage, rows))
-        self._is_empty = False
 
 
 def _grouped(queries: mx.array, n_kv_heads: int) -> mx.array:

@@ -182,14 +182,10 @@ def attend_in_parts(
 
 def _do_scheduled(slots: Slots, ahead: Ahead | None) -> None:
     """Do what is due; the queries left read what is archived then."""
-    before = slots.recall
     slots.do_scheduled()
-    if ahead is None or before is None or not ahead.left:
-        return
-    slots.recall, _ = _known_before(slots, slots.offset)
-    n = slots.recall.archive.count - before.archive.count
-    if n and before.waiting is not None:
-        ahead.archived(before.waiting.cut(0, n), slots.recall.archive)
+    if ahead is not None and ahead.left:
+        slots.recall, _ = _known_before(slots, slots.offset)
+        ahead.read(slots.recall.archive)
 
 
 class _Mask:

@@ -108,9 +108,9 @@ class Archive:
     def n_kv_heads(self) -> int:
         return self.keys.shape[1]
 
-    def tiles(self, most: int) -> Iterator[Rows]:
-        """Yield all rows in order of eviction, about so many at once."""
-        for start, stop in tiles(self.held, most):
+    def tiles(self, most: int, first: int = 0) -> Iterator[Rows]:
+        """Yield rows from `first` on in order of eviction, about so many at once."""
+        for start, stop in tiles(first, self.held, most):
             yield self._there().cut(start, stop)
 
     def rows(self) -> Rows:
@@ -131,11 +131,11 @@ class Archive:
         return self
 
 
-def tiles(n: int, most: int) -> Iterator[tuple[int, int]]:
-    """Yield where each tile of n rows begins and ends."""
+def tiles(first: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
+    """Yield where each tile of these rows begins and ends."""
     size = min(max(most, LEAST_TILE), TILE)
-    for start in range(0, n, size):
-        yield start, min(start + size, n)
+    for start in range(first, stop, size):
+        yield start, min(start + size, stop)
 
 
 def _more_room(room: int, n: int) -> int:

@@ -101,13 +101,12 @@ class Disk:
     def n_kv_heads(self) -> int:
         return self._like.keys.shape[1]
 
-    def tiles(self, most: int) -> Iterator[Rows]:
+    def tiles(self, most: int, first: int) -> Iterator[Rows]:
         """As `Archive.tiles`."""
         if self._log is None:
             return
-        first = self._log.first
-        for start, stop in tiles(self._log.count - first, most):
-            yield self._take(first + start, first + stop)
+        for start, stop in tiles(self._log.first + first, self._log.count, most):
+            yield self._take(start, stop)
 
     def rows(self) -> Rows:
         """Return all rows that are there, in order of eviction."""
@@ -216,9 +215,9 @@ class DiskArchive:
     def n_kv_heads(self) -> int:
         return self.disk.n_kv_heads
 
-    def tiles(self, most: int) -> Iterator[Rows]:
+    def tiles(self, most: int, first: int = 0) -> Iterator[Rows]:
         """As `Archive.tiles`. Raises CacheStateError: rows that cannot be had."""
-        return self.disk.tiles(most)
+        return self.disk.tiles(most, first)
 
     def in_memory(self) -> Archive:
         """Return the same rows in memory."""
